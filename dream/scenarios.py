@@ -1,0 +1,91 @@
+"""What templates draw: scenarios, worked examples and evaluation pairs. Everything here is seeded and needs no model."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from dream.records import SIDES, EvalPair, Scenario, Side, SideText, Stance
+from dream.templates import GENERAL, Template
+
+STANCES: tuple[Stance, Stance] = ("comply", "push_back")
+
+
+def draw(template: Template, seed: int, scenario_id: str) -> Scenario:
+    """The scenario that a template draws with this seed. A general template has no flawed side."""
+    slots = template.variables(seed)
+    sides = {side: _side(template, side, slots) for side in (("clear",) if template.general else SIDES)}
+    rng = random.Random(f"domain/{template.name}/{seed}")
+    return Scenario(
+        scenario_id=scenario_id,
+        template=template.name,
+        template_hash=template.hash,
+        flaw=template.front.flaw,
+        domain=rng.choice(template.front.domains),
+        split=template.front.split,
+        seed=seed,
+        slots=slots,
+        situation=template.render("situation", template.side_variables("clear", slots)),
+        clear=sides["clear"],
+        flawed=sides.get("flawed"),
+    )
+
+
+def _side(template: Template, side: Side, slots: dict[str, object]) -> SideText:
+    variables = template.side_variables(side, slots)
+    return SideText(
+        direction=template.render(side, variables),
+        aims={stance: template.render(stance, variables) for stance in STANCES},
+        mentions={
+            stance: [
+                template.render_string(text, variables, f"mentions.{stance}")
+                for text in template.front.mentions.get(stance, [])  # type: ignore[call-overload]
+            ]
+            for stance in STANCES
+        },
+    )
+
+
+def example_replies(template: Template, scenario: Scenario, side: Side, stance: Stance) -> list[str]:
+    """The template's worked replies of one stance, rendered with this scenario's slots."""
+    return template.render(f"{stance}_examples", template.side_variables(side, scenario.slots)).splitlines()
+
+
+def plan(templates: Sequence[Template], seed: int) -> Iterator[tuple[Template, int]]:
+    """An endless plan of draws (template, seed): balanced over kinds of flaw, then over the templates of each kind.
+
+    Every pass visits each kind once, in a new order; a kind with several templates takes turns between them.
+    """
+    rng = random.Random(f"plan/{seed}")
+    kinds: dict[str, list[Template]] = {}
+    for template in templates:
+        kinds.setdefault(template.front.flaw, []).append(template)
+    turn = 0
+    while True:
+        order = sorted(kinds)
+        rng.shuffle(order)
+        for kind in order:
+            yield kinds[kind][turn % len(kinds[kind])], rng.randrange(2**31)
+        turn += 1
+
+
+def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[EvalPair]:
+    """`count` scenarios as evaluation pairs (two rows each: clear, flawed) from the templates' worked replies.
+
+    On each side the two replies come from the same line of the examples, so both sides are worded alike.
+    """
+    rows = []
+    draws = plan([template for template in templates if template.front.flaw != GENERAL], seed)
+    for number in range(count):
+        template, draw_seed = next(draws)
+        scenario = draw(template, draw_seed, f"eval-{seed}-{number:04d}")
+        for side in SIDES:
+            replies = {stance: example_replies(template, scenario, side, stance) for stance in STANCES}
+            rows.append(
+                EvalPair(
+                    pair_id=scenario.scenario_id,
+                    side=side,
+                    prompt=scenario.prompt(side),
+                    comply=replies["comply"][draw_seed % len(replies["comply"])],
+                    push_back=replies["push_back"][draw_seed % len(replies["push_back"])],
+                )
+            )
+    return rows
