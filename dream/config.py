@@ -1,0 +1,316 @@
+"""The configuration: YAML in, one frozen pydantic model out. Unknown keys are refused with the nearest known one.
+
+The string under each field is its documentation. The resolved result is written into every run's manifest.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dream.errors import ConfigError
+from dream.paths import data_folder
+
+
+class Section(BaseModel):
+    """Base of the sections: frozen, strict about unknown keys, documented by the strings under the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class EngineConfig(Section):
+    """The inference engines: vLLM, one per Ray actor."""
+
+    replicas: int = Field(1, ge=1)
+    "Engines in the pool."
+    tensor_parallel: int = Field(1, ge=1)
+    "GPUs per engine; ignored on a CPU."
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    "Precision in which the policy is served."
+    max_model_len: int = Field(2048, ge=256)
+    "Tokens of prompt and reply together."
+    max_num_seqs: int = Field(64, ge=1)
+    "Sequences in one engine's batch."
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    "Share of a GPU's memory for weights and KV cache."
+    cpu_kv_cache_gib: int = Field(2, ge=1)
+    "GiB of KV cache on a CPU."
+    trust_remote_code: bool = False
+    "Run Python code that comes with a model. Off unless you trust the model's author."
+    max_restarts: int = Field(3, ge=0)
+    "How often a dead engine is started again before the run gives up."
+    request_timeout_s: float = Field(600, gt=0)
+    "Seconds after which an unanswered request counts as a dead engine."
+
+
+class RayConfig(Section):
+    """Where the actors live."""
+
+    address: str | None = None
+    "A running cluster (`auto` or `ray://host:port`); none starts Ray on this machine."
+
+
+class GenerateConfig(Section):
+    """Dreaming: how many pairs, and how replies are sampled."""
+
+    pairs: int = Field(24, ge=1)
+    "Accepted contrast pairs wanted (in `dream train`: per round)."
+    general_share: float = Field(0.25, ge=0, lt=1)
+    "General pairs as a share of all preference pairs of a round."
+    dreamer: Literal["slots", "background", "write"] = "background"
+    "`slots`: templates alone. `background`: the dreamer adds a sentence on who asks and why. "
+    "`write`: the dreamer words both directions itself (needs a stronger model)."
+    samples: int = Field(2, ge=1)
+    "On-policy replies a side."
+    steered_samples: int = Field(3, ge=1)
+    "Steered replies for a stance that on-policy sampling did not give."
+    worked_examples: int = Field(3, ge=0)
+    "Examples from other draws of the template in a steering prompt."
+    max_tokens: int = Field(64, ge=8)
+    "Longest reply; a reply that is cut off is not used."
+    temperature: float = Field(0.8, ge=0)
+    "Sampling temperature of replies."
+    top_p: float = Field(0.95, gt=0, le=1)
+    "Nucleus sampling of replies."
+    concurrency: int = Field(48, ge=1)
+    "Scenarios under way at once."
+    max_scenarios_per_pair: int = Field(12, ge=1)
+    "The command stops short after this many scenarios for each pair wanted."
+
+
+class JudgeConfig(Section):
+    """The judge: weighted signals, each a log-odds of `push_back`, squashed to one probability."""
+
+    signals: dict[Literal["contrast", "lexical", "embedding"], float] = {"contrast": 1.0, "lexical": 1.0, "embedding": 1.0}
+    "The judges in use, with their weights before calibration; the fit on labelled replies scales them."
+    min_confidence: float = Field(0.8, ge=0.5, le=1)
+    "Below this probability the judge abstains."
+    require_mentions: bool = True
+    "A reply must speak of this very situation: the words its template's `mentions` name."
+
+
+class FilterConfig(Section):
+    """What a pair must be, beyond two right and two wrong replies."""
+
+    max_length_ratio: float = Field(2.5, ge=1)
+    "Longer reply over shorter one, in tokens, within a preference pair."
+    max_similarity: float = Field(0.8, gt=0, le=1)
+    "Chosen and rejected may share at most this much (difflib ratio over words)."
+    min_words: int = Field(3, ge=1)
+    "Words in a reply."
+
+
+class LoraConfig(Section):
+    """The adapter."""
+
+    rank: int = Field(16, ge=1)
+    "Rank of the update."
+    alpha: int = Field(32, ge=1)
+    "Scale of the update (alpha over rank)."
+    dropout: float = Field(0.0, ge=0, lt=1)
+    "Dropout on the adapter's input."
+    target_modules: str | list[str] = "all-linear"
+    "Layers that get an adapter."
+
+
+class TrainConfig(Section):
+    """One round of conservative DPO."""
+
+    method: Literal["lora", "full"] = "lora"
+    "An adapter, or all weights (float32 masters)."
+    lora: LoraConfig = LoraConfig()
+    "The adapter, for `method: lora`."
+    optim: Literal["adamw_torch", "apollo_adamw"] = "adamw_torch"
+    "Optimiser; `apollo_adamw` is for full weights."
+    apollo_rank: int = Field(64, ge=1)
+    "Rank of Apollo's random projection."
+    apollo_scale: float = Field(1.0, gt=0)
+    "Scale of Apollo's update."
+    apollo_update_gap: int = Field(200, ge=1)
+    "Steps between new projections."
+    learning_rate: float = Field(5e-5, gt=0)
+    "Trust per example. A LoRA takes 5e-6 to 5e-5 and more on tiny models; full weights 5e-7."
+    beta: float = Field(0.1, gt=0)
+    "DPO's inverse temperature."
+    nll_weight: float = Field(0.05, ge=0)
+    "Weight of the chosen reply's mean-token negative log-likelihood (RPO), against likelihood displacement."
+    flip_probability: float | Literal["judge"] = "judge"
+    "Conservative DPO: the probability that a pair's label is wrong; `judge` takes the judge's measured error."
+    reference: Literal["previous", "initial"] = "previous"
+    "The policy that DPO compares with: the last promoted one, or the untrained model."
+    batch_size: int = Field(16, ge=2)
+    "Preference pairs an optimiser step."
+    micro_batch_size: int = Field(8, ge=1)
+    "Preference pairs a forward pass."
+    warmup: float = Field(0.1, ge=0, lt=1)
+    "Share of the steps in which the rate rises; then it falls as a cosine."
+    max_grad_norm: float = Field(1.0, gt=0)
+    "Gradient clipping."
+    max_length: int = Field(512, ge=64)
+    "Tokens of prompt and reply together."
+    replay_share: float = Field(0.25, ge=0, lt=1)
+    "Contrast pairs of earlier promoted rounds, as a share of this round's own."
+    bf16: bool = True
+    "Matrix products in bfloat16 (masters stay float32)."
+
+
+class EvalConfig(Section):
+    """What a round is measured on."""
+
+    heldout_pairs: int = Field(48, ge=4)
+    "Scenarios of kinds of flaw that are never trained on."
+    fresh_pairs: int = Field(24, ge=0)
+    "New scenarios of trained kinds."
+    sampled_scenarios: int = Field(24, ge=0)
+    "Held-out scenarios whose replies are sampled and judged, one a side."
+    retention_questions: int = Field(40, ge=0)
+    "Arithmetic questions."
+
+
+class GateConfig(Section):
+    """When a candidate becomes the policy."""
+
+    max_pair_accuracy_drop: float = Field(0.05, ge=0, le=1)
+    "Held-out crossed pair accuracy may fall by this much."
+    min_margin_gain: float = 0.0
+    "The crossed margin on fresh and held-out scenarios together must rise by more than this."
+    max_stance_drop: float = Field(0.15, ge=0, le=1)
+    "Comply rate on clear, and push-back rate on flawed, may each fall by this much."
+    max_retention_drop: float = Field(0.1, ge=0, le=1)
+    "Share of arithmetic answers that may be lost."
+    max_length_growth: float = Field(1.5, ge=1)
+    "Mean sampled reply length, after over before."
+    max_rejections: int = Field(2, ge=0)
+    "Rejected rounds in a row after which the loop ends."
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: str = "bundled:smollm2-135m-instruct"
+    "A Hugging Face id, a local folder, or `bundled:smollm2-135m-instruct`."
+    seed: int = 1
+    "Seeds the plan of scenarios, the engine and the trainer."
+    rounds: int = Field(3, ge=1)
+    "Generate-train-evaluate turns of `dream train`."
+    engine: EngineConfig = EngineConfig()
+    ray: RayConfig = RayConfig()
+    generate: GenerateConfig = GenerateConfig()
+    judge: JudgeConfig = JudgeConfig()
+    filters: FilterConfig = FilterConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.train.optim == "apollo_adamw" and self.train.method == "lora":
+            raise ValueError("train.optim: apollo_adamw is for full weights; set train.method to full")
+        if self.train.batch_size % self.train.micro_batch_size:
+            raise ValueError("train.batch_size must be a multiple of train.micro_batch_size")
+        return self
+
+
+# These change how a run is carried out, not what it yields; a run may be continued with other values.
+_EXECUTION_KEYS = ("ray.", "rounds", "engine.replicas", "engine.max_restarts", "engine.request_timeout_s",
+                   "engine.cpu_kv_cache_gib", "engine.gpu_memory_utilization", "generate.concurrency")  # fmt: skip
+
+
+def load(path: Path | None, overrides: list[str] | None = None) -> tuple[Config, Path]:
+    """The configuration of a file (default: `default_path()`) with `key=value` overrides, and the file used.
+
+    Raises:
+        ConfigError: naming the file and key, and the nearest known key where one is unknown.
+    """
+    path = path or default_path()
+    if not path.is_file() and (inside := data_folder("configs") / path.name).is_file() and path.parent.name == "configs":
+        path = inside  # outside a checkout `configs/cpu.yaml` means the one that travels with the package
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such configuration file; see {data_folder('configs')}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values")
+    for override in overrides or []:
+        key, eq, text = override.partition("=")
+        if not eq or not key:
+            raise ConfigError(f"--set {override}: expected key=value, e.g. --set train.learning_rate=1e-5")
+        _set(raw, key.strip(), text)
+    return parse(raw, str(path)), path
+
+
+def parse(raw: dict[str, Any], source: str) -> Config:
+    """Validates a mapping; `source` names it in errors.
+
+    Raises:
+        ConfigError: on the first wrong key or value.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "(top level)"
+        if first["type"] == "extra_forbidden":
+            known = _keys(Config)
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"{source}: unknown key {key!r}{hint}") from error
+        raise ConfigError(f"{source}: {key}: {first['msg']} (got {first['input']!r})") from error
+
+
+def default_path() -> Path:
+    """`gpu.yaml` where a CUDA device is visible, else `cpu.yaml`. Looks at device files, so torch is not imported."""
+    gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
+    return data_folder("configs") / ("gpu.yaml" if gpu else "cpu.yaml")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted keys and their values, of the part that decides what a run yields."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        elif not prefix.startswith(_EXECUTION_KEYS):
+            flat[prefix] = value
+
+    walk("", config.model_dump(mode="json"))
+    return flat
+
+
+def fingerprint(flat: dict[str, Any]) -> str:
+    """A short hash of `flatten`'s result."""
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _set(raw: dict[str, Any], key: str, text: str) -> None:
+    *parents, last = key.split(".")
+    place = raw
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {key}: {parent} is not a section")
+        place = inner
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    place[last] = value

@@ -1,0 +1,263 @@
+"""Run folders: append-only JSON Lines and small JSON documents written atomically.
+
+A line is complete only when it ends in a newline, so a torn last line (power, full disk) is cut off when the file is
+opened for appending and nothing else is lost. The two rows of a contrast pair go out in one write; half a pair is
+ignored on reading. One process at a time owns a run folder.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dream.errors import DataError, RunError, StorageError
+from dream.records import ContrastPair, Dropped, PreferencePair, Record
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON document so that readers see the old one or the new one, never half of it.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _storage_error(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON document.
+
+    Raises:
+        DataError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from error
+
+
+class Log:
+    """An append-only JSON Lines file. Opening it cuts off a torn last line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab+", buffering=0)
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.truncate(_complete_length(path, size))
+        except OSError as error:
+            raise _storage_error(path, error) from error
+
+    def append(self, *records: Record) -> None:
+        """Appends records in one write: after a crash either all of them are there or a torn tail that is ignored.
+
+        Raises:
+            StorageError: the disk is full or not writable; the file is as before.
+        """
+        data = "".join(record.model_dump_json() + "\n" for record in records).encode()
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            self._file.truncate(start)
+            raise _storage_error(self.path, error) from error
+
+    def sync(self) -> None:
+        """Forces what was appended to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes."""
+        self.sync()
+        self._file.close()
+
+
+def read_log(path: Path, kind: type[R]) -> Iterator[R]:
+    """The records of a JSON Lines file of ours; a missing file is empty, a torn last line is left out.
+
+    Raises:
+        DataError: a complete line that is not such a record, with its number.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield kind.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(map(str, first["loc"]))
+                raise DataError(f"{path}:{number}: {key}: {first['msg']}") from error
+
+
+def contrast_pairs(rows: Iterable[PreferencePair]) -> Iterator[ContrastPair]:
+    """Rows joined to contrast pairs by `pair_id`; half a pair (a crash between its rows) is left out."""
+    waiting: dict[str, PreferencePair] = {}
+    for row in rows:
+        other = waiting.pop(row.pair_id, None)
+        if other is None:
+            waiting[row.pair_id] = row
+        elif {other.side, row.side} == {"clear", "flawed"}:
+            clear, flawed = (row, other) if row.side == "clear" else (other, row)
+            yield ContrastPair(clear=clear, flawed=flawed)
+
+
+class RoundStore:
+    """One round's folder while it is being dreamed."""
+
+    LOGS = ("scenarios", "replies", "verdicts", "pairs", "general", "dropped")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._logs = {name: Log(folder / f"{name}.jsonl") for name in self.LOGS}
+        self.pairs = list(contrast_pairs(read_log(folder / "pairs.jsonl", PreferencePair)))
+        self.general = list(read_log(folder / "general.jsonl", PreferencePair))
+        self.dropped = list(read_log(folder / "dropped.jsonl", Dropped))
+
+    @property
+    def done(self) -> set[str]:
+        """Ids of the scenarios that ended: kept, or dropped with a reason."""
+        kept = {pair.clear.meta["scenario_id"] for pair in self.pairs}
+        kept |= {row.meta["scenario_id"] for row in self.general}
+        return kept | {row.scenario_id for row in self.dropped}
+
+    def add(self, log: str, *records: Record) -> None:
+        """Appends records to one of `LOGS`."""
+        self._logs[log].append(*records)
+
+    def keep(self, pair: ContrastPair) -> None:
+        """Stores an accepted contrast pair, both rows in one write, on the disk before it is counted."""
+        self._logs["pairs"].append(pair.clear, pair.flawed)
+        self._logs["pairs"].sync()
+        self.pairs.append(pair)
+
+    def keep_general(self, row: PreferencePair) -> None:
+        """Stores an accepted general pair."""
+        self._logs["general"].append(row)
+        self._logs["general"].sync()
+        self.general.append(row)
+
+    def drop(self, row: Dropped) -> None:
+        """Stores what was not kept, with its reason."""
+        self._logs["dropped"].append(row)
+        self.dropped.append(row)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for log in self._logs.values():
+            log.close()
+
+
+class RunFolder:
+    """A run folder, owned by this process while the `with` block lasts."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        """`manifest` must hold `kind`, `fingerprint` and `settings` (flat keys); it is written if the run is new."""
+        self.path = path
+        self._wanted = manifest
+
+    def __enter__(self) -> "RunFolder":
+        existing = read_json(self.path / "manifest.json") if (self.path / "manifest.json").exists() else None
+        if existing is None and self.path.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise RunError(f"{self.path}: not empty and not a run folder; choose another --out")
+        if existing is not None:
+            self._check_same(existing)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise _storage_error(self.path, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise RunError(f"{self.path}: another process is working on this run; wait for it or choose --out") from error
+        self.continued = existing is not None
+        self.manifest = existing or self._wanted
+        if existing is None:
+            write_json(self.path / "manifest.json", self._wanted)
+        _point_latest(self.path)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
+
+    def _check_same(self, existing: dict[str, Any]) -> None:
+        if existing.get("kind") != self._wanted["kind"]:
+            raise RunError(f"{self.path}: was made by `dream {existing.get('kind')}`; choose another --out")
+        if existing.get("fingerprint") == self._wanted["fingerprint"]:
+            return
+        old, new = existing.get("settings", {}), self._wanted["settings"]
+        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in keys[:5])
+        raise RunError(f"{self.path}: was begun with other settings: {shown}; use those, or choose another --out")
+
+    def round_folder(self, number: int) -> Path:
+        """`round_01` and so on."""
+        return self.path / f"round_{number:02d}"
+
+
+def new_run_path(kind: str, root: Path = Path("runs")) -> Path:
+    """A fresh folder name under `runs/`, by time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ["", *(f"-{n}" for n in range(2, 100))]:
+        path = root / f"{kind}-{stamp}{suffix}"
+        if not path.exists():
+            return path
+    raise RunError(f"{root}: too many runs in this second; name one with --out")
+
+
+def _point_latest(path: Path) -> None:
+    latest = path.parent / "latest"
+    temporary = path.parent / f".latest-{os.getpid()}"
+    try:
+        if latest.exists() and not latest.is_symlink():
+            return  # somebody's own folder of that name stays
+        temporary.symlink_to(path.name)
+        temporary.replace(latest)
+    except OSError as error:
+        raise _storage_error(latest, error) from error
+
+
+def _complete_length(path: Path, size: int) -> int:
+    """Bytes up to and including the last newline."""
+    if size == 0:
+        return 0
+    with path.open("rb") as file:
+        end = size
+        while end > 0:
+            start = max(0, end - 65_536)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: {error.strerror or error}; make room or fix permissions, then run the same command again")

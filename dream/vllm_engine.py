@@ -1,0 +1,176 @@
+"""The engine that runs a real model: vLLM's `AsyncLLM`. The only module that imports vllm.
+
+It lives inside a Ray actor (`dream.pool`). Not covered: adapters served by the engine (`enable_lora` halves the speed
+on a CPU, so merged weights are loaded) and multi-modal prompts.
+"""
+
+import asyncio
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dream.config import EngineConfig
+from dream.engine import Completion, EngineStats, Sampling
+from dream.errors import EngineError
+from dream.records import Message
+
+
+class EngineDied(EngineError):
+    """The vLLM engine process died; the request can be tried again on another engine."""
+
+
+def prepare_cpu_environment(kv_cache_gib: int, cores: Sequence[int]) -> dict[str, str]:
+    """Environment of a vLLM CPU engine process: all cores (the default keeps one back), Intel's OpenMP if installed."""
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+    }
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        environment["LD_PRELOAD"] = ":".join(filter(None, [str(openmp), os.environ.get("LD_PRELOAD", "")]))
+    return environment
+
+
+def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) -> dict[str, Any]:
+    """What vLLM is asked for."""
+    arguments: dict[str, Any] = {
+        "model": model,
+        "dtype": config.dtype,
+        "seed": seed,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "trust_remote_code": config.trust_remote_code,
+        "enable_prefix_caching": True,
+    }
+    if on_gpu:
+        arguments["tensor_parallel_size"] = config.tensor_parallel
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+    else:
+        arguments["enforce_eager"] = True  # compiling takes a minute and makes nothing faster on a CPU
+    return arguments
+
+
+class VLLMEngine:
+    """An `Engine` on vLLM. Create it, then await `start` inside the event loop that will use it."""
+
+    def __init__(self, model: str, config: EngineConfig, seed: int) -> None:
+        self._model, self._config, self._seed = model, config, seed
+        self._ids = itertools.count()
+        self._generated = self._prompted = self._cached = 0
+
+    async def start(self, weights: Path | None = None) -> None:
+        """Starts the engine process and, where given, loads other weights into it.
+
+        Raises:
+            EngineError: vLLM could not start with this model.
+        """
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            os.environ.update(prepare_cpu_environment(self._config.cpu_kv_cache_gib, sorted(os.sched_getaffinity(0))))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            arguments = engine_arguments(self._model, self._config, self._seed, on_gpu)
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        except Exception as error:  # vLLM raises many kinds; all of them mean that this model cannot be served
+            raise EngineError(f"vLLM cannot serve {self._model}: {type(error).__name__}: {error}") from error
+        self._tokenizer = self._engine.get_tokenizer()
+        if weights is not None:
+            await self.load_weights(weights)
+
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
+        """Samples `sampling.n` replies.
+
+        Raises:
+            EngineDied: the engine process is gone.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            n=sampling.n,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._run(self._chat_ids(messages), parameters)
+        completions = []
+        for choice in output.outputs:
+            self._generated += len(choice.token_ids)
+            completions.append(Completion(choice.text.strip(), len(choice.token_ids), choice.finish_reason or "stop"))
+        return completions
+
+    async def score(self, messages: Sequence[Message], replies: Sequence[str]) -> list[list[float]]:
+        """Log-probability per token of each reply.
+
+        The first reply fills the prefix cache with the prompt; the others pay for their own tokens only.
+
+        Raises:
+            EngineDied: the engine process is gone.
+        """
+        head = self._chat_ids(messages)
+        first = [await self._score_one(head, reply) for reply in replies[:1]]
+        return first + list(await asyncio.gather(*(self._score_one(head, reply) for reply in replies[1:])))
+
+    async def load_weights(self, folder: Path | None) -> None:
+        """Loads weights in place, without a restart, and forgets the prefix cache of the old ones."""
+        path = str(folder) if folder is not None else self._model
+        await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        await self._engine.reset_prefix_cache()
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(self._generated, self._prompted, self._cached)
+
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        encoded = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    async def _score_one(self, head: list[int], reply: str) -> list[float]:
+        tail = self._tokenizer(reply, add_special_tokens=False)["input_ids"]
+        if not tail:
+            return []
+        ids = head + tail
+        output = await self._run(ids, _scoring(read_cache=True))
+        # vLLM fills the positions that came from the prefix cache with garbage. The reply's first token needs the
+        # hidden state of the prompt's last one; if the cache reached that far, score again without reading it.
+        if (output.num_cached_tokens or 0) >= len(head):
+            output = await self._run(ids, _scoring(read_cache=False))
+        return [output.prompt_logprobs[place][ids[place]].logprob for place in range(len(head), len(ids))]
+
+    async def _run(self, ids: list[int], parameters: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        output = None
+        try:
+            async for output in self._engine.generate(  # noqa: B007  # the last output is the whole answer
+                {"prompt_token_ids": ids}, parameters, request_id=f"r{next(self._ids)}"
+            ):
+                pass
+        except EngineDeadError as error:
+            raise EngineDied(f"the engine process died: {error}") from error
+        if output is None:
+            raise EngineDied("the engine returned nothing for a request")
+        self._prompted += len(ids)
+        self._cached += output.num_cached_tokens or 0
+        return output
+
+
+def _scoring(read_cache: bool) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        prompt_logprobs=0,
+        detokenize=False,  # with detokenize the engine dies of an OverflowError on cached positions
+        skip_reading_prefix_cache=not read_cache,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
