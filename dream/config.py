@@ -83,10 +83,12 @@ class GenerateConfig(Section):
 
 
 class JudgeConfig(Section):
-    """The judge: weighted signals, each a log-odds of `push_back`, squashed to one probability."""
+    """The judge: independent signals, combined and calibrated on labelled replies."""
 
-    signals: dict[Literal["contrast", "lexical", "embedding"], float] = {"contrast": 1.0, "lexical": 1.0, "embedding": 1.0}
-    "The judges in use, with their weights before calibration; the fit on labelled replies scales them."
+    signals: list[Literal["contrast", "wording"]] = Field(["contrast", "wording"], min_length=1)
+    "The judges in use; see dream/judge/signals.py."
+    calibration_replies: int = Field(96, ge=16)
+    "Labelled replies (the templates' worked examples) on which the judge is calibrated when a run starts."
     min_confidence: float = Field(0.8, ge=0.5, le=1)
     "Below this probability the judge abstains."
     require_mentions: bool = True

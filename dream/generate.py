@@ -1,0 +1,252 @@
+"""Dreaming one round: scenarios in, accepted contrast pairs out. One coroutine a scenario, no barrier between stages.
+
+Each of `concurrency` workers takes the scenario the round needs most, awaits its stages one after the other, and takes
+the next; so requests of all stages fill the engine's batch together, and memory is bounded by the workers.
+"""
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dream.config import Config
+from dream.engine import Engine, Sampling
+from dream.errors import DataError
+from dream.filters import Judged, Refusal, already_right, contrast_pair, preference_pair
+from dream.judge.combined import Judge
+from dream.judge.question import Question
+from dream.records import RIGHT_STANCE, WRONG_STANCE, Dropped, PreferencePair, Reply, Scenario, Side
+from dream.scenarios import draw
+from dream.selfplay import on_policy, steered, with_background, written
+from dream.store import RoundStore, read_log
+from dream.templates import Template
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the terminal shows while a round is dreamed."""
+
+    accepted: int
+    wanted: int
+    scenarios: int
+    tokens: int
+    seconds: float
+
+
+@dataclass
+class Demand:
+    """Which template a round needs next: the kind of flaw with the least to show and the least tried.
+
+    Accepted pairs count fully, those under way by half, failed attempts by a quarter: kinds stay balanced, and one that
+    never passes does not eat the round.
+    """
+
+    templates: Sequence[Template]
+    accepted: Counter[str] = field(default_factory=Counter)
+    attempts: Counter[str] = field(default_factory=Counter)
+    under_way: Counter[str] = field(default_factory=Counter)
+
+    def next(self) -> Template:
+        """The template of the neediest kind, and within the kind the neediest template."""
+        kinds: dict[str, list[Template]] = {}
+        for template in self.templates:
+            kinds.setdefault(template.front.flaw, []).append(template)
+        kind = min(kinds.values(), key=lambda members: sum(map(self._served, members)) / len(members))
+        return min(kind, key=self._served)
+
+    def _served(self, template: Template) -> float:
+        name = template.name
+        failed = self.attempts[name] - self.accepted[name] - self.under_way[name]
+        return self.accepted[name] + 0.5 * self.under_way[name] + 0.25 * failed
+
+
+class RoundDreamer:
+    """Dreams one round into its folder. `run` can be called again after a kill and finishes what is missing."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        judge: Judge,
+        store: RoundStore,
+        templates: Sequence[Template],
+        config: Config,
+        *,
+        round_number: int,
+        policy: str,
+        attempt: int = 1,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._engine, self._judge, self._store, self._config = engine, judge, store, config
+        self._round, self._policy, self._attempt, self._on_progress = round_number, policy, attempt, on_progress
+        self._by_name = {template.name: template for template in templates if template.front.split == "train"}
+        self._contrast = Demand([t for t in self._by_name.values() if not t.general])
+        self._general = Demand([t for t in self._by_name.values() if t.general])
+        if not self._contrast.templates:
+            raise DataError("no training templates; at least one needs `split: train` and a flaw")
+        share = config.generate.general_share
+        self._general_wanted = math.ceil(2 * config.generate.pairs * share / (1 - share)) if self._general.templates else 0
+        self._count = 0
+        self._tokens = 0
+        self._began = time.monotonic()
+
+    async def run(self) -> None:
+        """Dreams until the wanted number of pairs is stored, or the allowed number of scenarios is used up."""
+        self._recover()
+        workers = [asyncio.create_task(self._work()) for _ in range(self._config.generate.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How often each reason dropped a scenario."""
+        return Counter(row.reason for row in self._store.dropped)
+
+    def _recover(self) -> None:
+        """Counts what an earlier process did; scenarios that it left under way get a row that says so."""
+        for scenario in read_log(self._store.folder / "scenarios.jsonl", Scenario):
+            self._count = max(self._count, int(scenario.scenario_id.rsplit("-", 1)[1]))
+            self._demand(scenario.template).attempts[scenario.template] += 1
+            if scenario.scenario_id not in self._store.done:
+                self._store.drop(self._dropped(scenario, "generate", "interrupted"))
+        for pair in self._store.pairs:
+            self._contrast.accepted[pair.clear.meta["template"]] += 1
+        for row in self._store.general:
+            self._general.accepted[row.meta["template"]] += 1
+
+    def _demand(self, template: str) -> Demand:
+        known = self._by_name.get(template)
+        return self._general if known is not None and known.general else self._contrast
+
+    def _next(self) -> Template | None:
+        """The template to draw from, or None when this worker is done."""
+        pairs, general = len(self._store.pairs), len(self._store.general)
+        wanted = self._config.generate.pairs
+        limit = self._config.generate.max_scenarios_per_pair * (wanted + self._general_wanted)
+        if pairs >= wanted and general >= self._general_wanted or self._count >= limit:
+            return None
+        if pairs >= wanted:
+            return self._general.next()
+        behind = general + sum(self._general.under_way.values()) < self._general_wanted * pairs / wanted
+        return self._general.next() if behind and general < self._general_wanted else self._contrast.next()
+
+    async def _work(self) -> None:
+        while (template := self._next()) is not None:
+            demand = self._demand(template.name)
+            demand.attempts[template.name] += 1
+            demand.under_way[template.name] += 1
+            self._count += 1
+            scenario_id = f"r{self._round}-{self._count:06d}"
+            seed = self._seed(template, demand.attempts[template.name])
+            try:
+                scenario = draw(template, seed, scenario_id)
+                outcome = await self._dream(template, scenario)
+            finally:
+                demand.under_way[template.name] -= 1
+            if outcome:
+                demand.accepted[template.name] += 1
+            self._on_progress(
+                Progress(
+                    accepted=len(self._store.pairs),
+                    wanted=self._config.generate.pairs,
+                    scenarios=self._count,
+                    tokens=self._tokens,
+                    seconds=time.monotonic() - self._began,
+                )
+            )
+
+    def _seed(self, template: Template, number: int) -> int:
+        """A draw that no other round, attempt or scenario of this run makes."""
+        return (self._config.seed * 1_000 + self._round * 10 + self._attempt) * 100_000 + number
+
+    async def _dream(self, template: Template, scenario: Scenario) -> bool:
+        """One scenario's way from draw to pair; whether it was kept."""
+        dreamer = self._config.generate.dreamer
+        if dreamer == "background":
+            scenario = await with_background(self._engine, scenario)
+        worded = await written(self._engine, scenario) if dreamer == "write" else scenario
+        self._store.add("scenarios", worded or scenario)
+        if worded is None:
+            return self._drop(scenario, "dreamer", "dreamer_unreadable")
+        scenario = worded
+        free = {
+            side: await self._judged(scenario, replies)
+            for side, replies in zip(
+                scenario.sides,
+                await asyncio.gather(*(self._on_policy(scenario, side) for side in scenario.sides)),
+                strict=True,
+            )
+        }
+        if not template.general and already_right(free):
+            return self._drop(scenario, "selfplay", "already_right")
+        sides = await asyncio.gather(*(self._complete(template, scenario, side, free[side]) for side in scenario.sides))
+        replies = dict(zip(scenario.sides, sides, strict=True))
+        if template.general:
+            row = preference_pair(scenario, "clear", replies["clear"], self._config.filters)
+            return self._keep_general(scenario, row)
+        pair = contrast_pair(scenario, replies, self._config.filters)
+        if isinstance(pair, Refusal):
+            return self._drop(scenario, "filter", pair.reason, pair.detail)
+        if len(self._store.pairs) >= self._config.generate.pairs:
+            return self._drop(scenario, "filter", "surplus")
+        self._store.keep(pair)
+        return True
+
+    async def _complete(self, template: Template, scenario: Scenario, side: Side, free: list[Judged]) -> list[Judged]:
+        """The on-policy replies of one side, and steered ones for each stance that they did not give."""
+        generate = self._config.generate
+        judged = list(free)
+        for stance in (RIGHT_STANCE[side], WRONG_STANCE[side]):
+            if any(reply.is_stance(stance) for reply in free):
+                continue
+            replies = await steered(
+                self._engine,
+                template,
+                scenario,
+                side,
+                stance,
+                Sampling(generate.steered_samples, generate.max_tokens, generate.temperature, generate.top_p),
+                generate.worked_examples,
+                self._policy,
+            )
+            judged += await self._judged(scenario, self._stored(replies))
+        return judged
+
+    async def _on_policy(self, scenario: Scenario, side: Side) -> list[Reply]:
+        generate = self._config.generate
+        sampling = Sampling(generate.samples, generate.max_tokens, generate.temperature, generate.top_p)
+        return self._stored(await on_policy(self._engine, scenario, side, sampling, self._policy))
+
+    def _stored(self, replies: list[Reply]) -> list[Reply]:
+        self._store.add("replies", *replies)
+        self._tokens += sum(reply.tokens for reply in replies)
+        return replies
+
+    async def _judged(self, scenario: Scenario, replies: list[Reply]) -> list[Judged]:
+        questions = [Question.about(scenario, reply) for reply in replies]
+        verdicts = await self._judge.rule([reply.reply_id for reply in replies], questions)
+        self._store.add("verdicts", *verdicts)
+        return [Judged(reply, verdict) for reply, verdict in zip(replies, verdicts, strict=True)]
+
+    def _keep_general(self, scenario: Scenario, row: PreferencePair | Refusal) -> bool:
+        if isinstance(row, Refusal):
+            return self._drop(scenario, "filter", row.reason, row.detail)
+        if len(self._store.general) >= self._general_wanted:
+            return self._drop(scenario, "filter", "surplus")
+        self._store.keep_general(row)
+        return True
+
+    def _drop(self, scenario: Scenario, stage: str, reason: str, detail: str = "") -> bool:
+        self._store.drop(self._dropped(scenario, stage, reason, detail))
+        return False
+
+    @staticmethod
+    def _dropped(scenario: Scenario, stage: str, reason: str, detail: str = "") -> Dropped:
+        return Dropped(
+            scenario_id=scenario.scenario_id, template=scenario.template, stage=stage, reason=reason, detail=detail
+        )

@@ -1,0 +1,49 @@
+"""What a judge is asked, and what a judge is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dream.records import Message, Reply, Scenario, Stance
+
+
+@dataclass(frozen=True)
+class Question:
+    """One reply to rule on.
+
+    `aims` (what a reply of each stance would do here) and `mentions` are known for scenarios and empty for replies
+    from elsewhere.
+    """
+
+    prompt: Sequence[Message]
+    reply: str
+    finish_reason: str = "stop"
+    aims: Mapping[Stance, str] = field(default_factory=dict)
+    mentions: Mapping[Stance, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def about(cls, scenario: Scenario, reply: Reply) -> "Question":
+        """The question that a reply of the loop raises."""
+        side = scenario.side(reply.side)
+        return cls(scenario.prompt(reply.side), reply.text, reply.finish_reason, side.aims, side.mentions)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A question whose answer is known; `group` keeps replies of one origin on one side of a split."""
+
+    question: Question
+    label: Stance
+    group: str
+
+
+class Signal(Protocol):
+    """One judge: a number per reply, larger for `push_back`; its scale is learned in calibration."""
+
+    name: str
+
+    def fit(self, examples: Sequence[Labelled]) -> None:
+        """Learns from labelled replies; signals that have nothing to learn ignore it."""
+
+    async def measure(self, questions: Sequence[Question]) -> list[float]:
+        """The signal's value for each question."""

@@ -1,0 +1,43 @@
+"""Rules that need no model: replies that are neither compliance nor push-back, whatever a signal would say."""
+
+import re
+
+from dream.judge.question import Question
+from dream.records import Stance
+from dream.templates import mentioned
+
+_CONTROL = re.compile(r"<\|[^|>]{1,30}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
+_NOTE = re.compile(r"\bthe note\b|\(note|\bas (?:the )?note|^\(|^(?:say|write|tell|reply|answer) (?:that|the)\b", re.IGNORECASE)
+
+
+def unusable(question: Question, min_words: int) -> str:
+    """Why a reply cannot be a training reply at all, or an empty string.
+
+    Reasons: `cut_off`, `too_short`, `control_tokens`, `repetition`, `steering_leak`, `echo`.
+    """
+    words = re.findall(r"\w+", question.reply.lower())
+    if question.finish_reason == "length":
+        return "cut_off"
+    if len(words) < min_words:
+        return "too_short"
+    if _CONTROL.search(question.reply):
+        return "control_tokens"
+    if _repeats(words):
+        return "repetition"
+    if _NOTE.search(question.reply) or any(aim and aim.lower() in question.reply.lower() for aim in question.aims.values()):
+        return "steering_leak"
+    asked = re.findall(r"\w+", question.prompt[-1]["content"].lower())
+    if " ".join(words) in " ".join(asked):
+        return "echo"
+    return ""
+
+
+def lacks_mention(question: Question, stance: Stance) -> str:
+    """The words that a reply of this stance should have spoken of and did not, or an empty string."""
+    return next((words for words in question.mentions.get(stance, ()) if not mentioned(words, question.reply)), "")
+
+
+def _repeats(words: list[str], n: int = 4) -> bool:
+    """Whether over a quarter of the n-grams occur before."""
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(grams) > n and len(set(grams)) < 0.75 * len(grams)

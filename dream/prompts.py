@@ -1,0 +1,38 @@
+"""Prompt files: all text that a model is shown lives in `prompts/`, none in Python."""
+
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from dream.errors import TemplateError
+from dream.paths import data_folder
+from dream.templates import ENVIRONMENT
+
+
+@cache
+def _load(path: Path) -> jinja2.Template:
+    try:
+        return ENVIRONMENT.from_string(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TemplateError(f"{path}: missing; copy it from the package's prompts folder") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"{path}:{error.lineno}: {error.message}") from error
+
+
+def render(name: str, **variables: object) -> str:
+    """The prompt file `prompts/<name>.j2`, rendered.
+
+    Raises:
+        TemplateError: it is missing or broken.
+    """
+    path = data_folder("prompts") / f"{name}.j2"
+    try:
+        return _load(path).render(**variables).strip()
+    except jinja2.UndefinedError as error:
+        raise TemplateError(f"{path}: {error.message}") from error
+
+
+def lines(name: str) -> list[str]:
+    """The non-empty lines of a prompt file."""
+    return [line.strip() for line in render(name).splitlines() if line.strip()]

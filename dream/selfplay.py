@@ -1,0 +1,146 @@
+"""How replies are got: on-policy first, then steered for a stance that is missing. Steering never reaches the data.
+
+A steering prompt is a system prompt, a few worked examples from other draws of the same template, and the scenario's
+own prompt with a note in brackets that says what to reply. Only the scenario's plain prompt is trained on.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+
+from dream import prompts
+from dream.engine import Completion, Engine, Sampling
+from dream.records import Message, Reply, Scenario, Side, Source, Stance, assistant, user
+from dream.scenarios import draw, example_replies
+from dream.templates import Template
+
+BACKGROUND_WORDS = range(5, 31)
+
+
+def steering(stance: Stance, prompt: str, aim: str, examples: Sequence[tuple[str, str, str]] = ()) -> list[Message]:
+    """The chat that asks for one stance.
+
+    Args:
+        stance: `comply` or `push_back`.
+        prompt: the scenario's plain prompt.
+        aim: what the reply should do; empty for the stance's general wording.
+        examples: worked examples as (prompt, aim, reply).
+    """
+    messages: list[Message] = [{"role": "system", "content": prompts.render("steering/system")}]
+    for example_prompt, example_aim, reply in examples:
+        messages.append(user(prompts.render(f"steering/{stance}", prompt=example_prompt, aim=example_aim)))
+        messages.append(assistant(reply))
+    messages.append(user(prompts.render(f"steering/{stance}", prompt=prompt, aim=aim)))
+    return messages
+
+
+def worked_examples(template: Template, scenario: Scenario, side: Side, stance: Stance, count: int) -> list[tuple[str, str, str]]:
+    """Examples of one stance on one side from other draws of the template, each with another wording."""
+    rng = random.Random(f"examples/{scenario.scenario_id}/{side}/{stance}")
+    found = []
+    for number in range(count):
+        other = draw(template, scenario.seed + 1 + number, "example")
+        replies = example_replies(template, other, side, stance)
+        if number == 0:
+            order = rng.sample(range(len(replies)), len(replies))
+        found.append((other.prompt(side)[0]["content"], other.side(side).aims[stance], replies[order[number % len(order)]]))
+    return found
+
+
+async def on_policy(engine: Engine, scenario: Scenario, side: Side, sampling: Sampling, policy: str) -> list[Reply]:
+    """What the policy really says to the plain prompt."""
+    completions = await engine.generate(scenario.prompt(side), sampling)
+    return _replies(completions, scenario, side, "on_policy", None, policy)
+
+
+async def steered(
+    engine: Engine, template: Template, scenario: Scenario, side: Side, stance: Stance, sampling: Sampling, examples: int, policy: str
+) -> list[Reply]:
+    """What the policy says when it is asked for one stance. A reply that repeats an example is left out."""
+    shown = worked_examples(template, scenario, side, stance, examples)
+    messages = steering(stance, scenario.prompt(side)[0]["content"], scenario.side(side).aims[stance], shown)
+    own_words = {_plain(reply) for _, _, reply in shown}
+    completions = [c for c in await engine.generate(messages, sampling) if _plain(c.text) not in own_words]
+    return _replies(completions, scenario, side, "steered", stance, policy)
+
+
+async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 40) -> Scenario:
+    """The scenario with a sentence of the dreamer's on who asks and why, the same on both sides.
+
+    What the dreamer writes may not touch the contrast: a sentence with digits, with words of the scenario's slots, of
+    odd length or unfinished is left out, and the scenario stays as the template made it.
+    """
+    messages: list[Message] = []
+    for line in prompts.lines("dreamer/background_examples"):
+        domain, sentence = (part.strip() for part in line.split("|", 1))
+        messages += [user(prompts.render("dreamer/background", domain=domain)), assistant(sentence)]
+    known = {_plain(message["content"]) for message in messages}
+    messages.append(user(prompts.render("dreamer/background", domain=scenario.domain)))
+    sampling = Sampling(n=1, max_tokens=max_tokens, temperature=1.0)
+    sentence = (await engine.generate(messages, sampling))[0].text.strip()
+    words = set(re.findall(r"\w+", sentence.lower()))
+    slots = {word for value in scenario.slots.values() for word in re.findall(r"\w{3,}", str(value).lower())}
+    fits = (
+        len(sentence.split()) in BACKGROUND_WORDS
+        and sentence.endswith(".")
+        and "\n" not in sentence
+        and not re.search(r"\d", sentence)
+        and not words & slots
+        and _plain(sentence) not in known
+        and words & {"i", "my", "we", "our"}
+    )
+    return scenario.model_copy(update={"background": sentence}) if fits else scenario
+
+
+async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> Scenario | None:
+    """The scenario with both directions in the dreamer's own words; None when its answer cannot be used.
+
+    Every word that the template's `mentions` need must still stand in the direction it came from.
+    """
+    if scenario.flawed is None:
+        return scenario
+    rng = random.Random(f"voice/{scenario.scenario_id}")
+    text = prompts.render(
+        "dreamer/write",
+        flaw=scenario.flaw,
+        situation=scenario.situation,
+        clear=scenario.clear.direction,
+        flawed=scenario.flawed.direction,
+        voice=rng.choice(prompts.lines("dreamer/voices")),
+    )
+    answer = (await engine.generate([user(text)], Sampling(n=1, max_tokens=max_tokens)))[0].text
+    sides = {}
+    for side, label in (("clear", "SOUND"), ("flawed", "FLAWED")):
+        found = re.findall(rf"^\W*{label}\W*:\s*(\S.*?)\s*$", answer, re.MULTILINE)
+        old = scenario.side(side).direction  # type: ignore[arg-type]  # mypy widens the literal in the loop
+        if len(found) != 1 or set(re.findall(r"\d+", old)) != set(re.findall(r"\d+", found[0])):
+            return None
+        sides[side] = scenario.side(side).model_copy(update={"direction": found[0]})  # type: ignore[arg-type]
+    if _plain(sides["clear"].direction) == _plain(sides["flawed"].direction):
+        return None
+    return scenario.model_copy(update=sides)
+
+
+def _replies(
+    completions: Sequence[Completion], scenario: Scenario, side: Side, source: Source, asked: Stance | None, policy: str
+) -> list[Reply]:
+    label = asked or "free"
+    return [
+        Reply(
+            reply_id=f"{scenario.scenario_id}/{side}/{label}/{number}",
+            scenario_id=scenario.scenario_id,
+            side=side,
+            source=source,
+            asked=asked,
+            text=completion.text,
+            tokens=completion.tokens,
+            finish_reason=completion.finish_reason,
+            policy=policy,
+        )
+        for number, completion in enumerate(completions)
+    ]
+
+
+def _plain(text: str) -> str:
+    """Lower-case words only, for comparing texts."""
+    return " ".join(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,165 @@
+"""Result folders that are whole or absent, and a policy's weights as they are served.
+
+A policy is an initial model plus an adapter, or a folder of full weights. The engine gets merged weights: every tensor
+is computed in float32 and rounded once to the served precision.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dream.errors import ConfigError, RunError, StorageError, TrainingError
+
+OnChange = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Told a parameter's name and its float32 values before and after; the same tensor twice when nothing touched it."""
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` only when the block ends well.
+
+    It stands beside `out` as `.NAME.tmp`; what an earlier, killed attempt left there is thrown away. Everything is
+    forced to the disk before the name appears, so a half-written result never looks complete.
+
+    Raises:
+        RunError: `out` exists already.
+        StorageError: the disk is full or not writable.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    if out.exists():
+        raise RunError(f"{out}: exists already; remove it, or choose another folder")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        temporary.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise StorageError(f"{out}: {error.strerror or error}; make room or fix permissions, then run it again") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_model(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the GPU (spread over several) where there is one.
+
+    `dtype` "auto" keeps the precision of the files.
+
+    Raises:
+        TrainingError: it is not there or cannot be read.
+    """
+    place = "auto" if torch.cuda.device_count() > 1 else ("cuda" if torch.cuda.is_available() else None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map=place, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{source}: cannot be loaded as a language model: {_line(error)}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def load_tokenizer(source: str, trust_remote_code: bool) -> Any:
+    """The tokenizer that comes with a model.
+
+    Raises:
+        TrainingError: it is not there or cannot be read.
+        ConfigError: it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{source}: its tokenizer cannot be loaded: {_line(error)}") from error
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"model: {source} has no chat template; name a chat model")
+    return tokenizer
+
+
+def load_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> PeftModel:
+    """The model with an adapter of an earlier round; the adapter's values are float32.
+
+    Raises:
+        TrainingError: it is not there, or not for this model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"{folder}: cannot be loaded as an adapter of this model: {_line(error)}") from error
+
+
+def merge_adapters(
+    base: PreTrainedModel, start: str | None, end: str | None, dtype: torch.dtype, on_change: OnChange | None = None
+) -> PreTrainedModel:
+    """The initial model with the adapter `end` merged in, rounded to `dtype`; `base` is used up.
+
+    `on_change` sees every parameter as it is with the adapter `start` and with `end` (None: without any), in float32.
+    """
+    if start is None and end is None:
+        return rounded(base, dtype)
+    model = load_adapter(base, end or start or "", trainable=False)
+    if start is not None and end is not None:
+        model.load_adapter(start, adapter_name="start")
+    touched = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer = module.get_base_layer()
+        initial = layer.weight.data.float()
+        with_default = initial + module.get_delta_weight("default").float()
+        after = with_default if end is not None else initial
+        if on_change is not None:
+            before = with_default if end is None else initial
+            if start is not None and end is not None:
+                before = initial + module.get_delta_weight("start").float()
+            on_change(parameter_name(name), before, after)
+        touched.add(id(layer.weight))
+        layer.weight.data = after.to(dtype)
+    plain = model.unload()
+    assert isinstance(plain, PreTrainedModel)
+    if on_change is not None:
+        for name, value in plain.named_parameters():
+            if id(value) not in touched:
+                on_change(name, value.data, value.data)
+    return rounded(plain, dtype)
+
+
+def replace_weights(base: PreTrainedModel, trained: Mapping[str, torch.Tensor], on_change: OnChange) -> PreTrainedModel:
+    """`base` with the values of `trained` (by parameter name) in float32, for `method: full`."""
+    for name, value in base.named_parameters():
+        after = trained[name].detach().float().to(value.device)
+        on_change(name, value.data.float(), after)
+        value.data = after
+    return base
+
+
+def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters in `dtype`. Buffers stay: rotary frequencies must not lose their precision."""
+    for value in model.parameters():
+        value.data = value.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def parameter_name(module_name: str) -> str:
+    """The plain model's name of the weight of an adapted layer."""
+    return module_name.removeprefix("base_model.model.") + ".weight"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,161 @@
+"""What a training step is given: its rows in training order, its specification, and its token layout. No torch here.
+
+Not covered: images and tools in prompts.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from dream.config import TrainConfig
+from dream.errors import ConfigError
+from dream.records import ContrastPair, Message, PreferencePair, Record
+
+Pair = tuple[PreferencePair, PreferencePair]
+
+
+class Probe(Record):
+    """A text whose likelihood is compared between the saved weights and the engine: is what was trained served?"""
+
+    messages: list[Message]
+    reply: str
+
+
+class DpoSpec(Record):
+    """Everything `python -P -m train.dpo SPEC.json` needs to know."""
+
+    model: str
+    """The initial policy: a folder or a Hugging Face id."""
+    adapter: str | None = None
+    """Adapter folder of the current policy (`method: lora`); None begins a new adapter."""
+    weights: str | None = None
+    """Folder of the current policy's full weights (`method: full`), best its float32 masters; None is `model`."""
+    rows: str
+    """JSON Lines of `PreferencePair`, in training order (`round_rows`)."""
+    out: str
+    """The folder to make; it appears only when it is complete."""
+    train: TrainConfig
+    flip_probability: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a row's label is wrong."""
+    seed: int = 1
+    served_dtype: str = Field("bfloat16", pattern="^(bfloat16|float16|float32)$")
+    """Precision in which the engine serves the policy."""
+    trust_remote_code: bool = False
+    probes: list[Probe] = []
+
+
+def round_rows(
+    pairs: list[ContrastPair],
+    general: list[PreferencePair],
+    replay: list[ContrastPair],
+    *,
+    batch_size: int,
+    general_share: float,
+    replay_share: float,
+    seed: int,
+) -> list[PreferencePair]:
+    """The rows of one round in training order; every `batch_size` consecutive rows are one optimiser step.
+
+    All own pairs, `replay_share` times as many replayed ones, and general rows up to `general_share` of all rows (an
+    even number of them). Both rows of a contrast pair stand in the same step, so every step holds as many flawed as
+    contrasting clear directions and the unconditional part of the gradient cancels within it. General rows are spread
+    evenly. The last step may be short. The same seed gives the same rows.
+
+    Raises:
+        ConfigError: an odd `batch_size` cannot hold both sides of every scenario.
+    """
+    if batch_size % 2:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is odd, but both sides of a scenario belong in one step; "
+            f"use {batch_size + 1}"
+        )
+    rng = random.Random(seed)
+    contrast = pairs + rng.sample(replay, min(len(replay), round(replay_share * len(pairs))))
+    rng.shuffle(contrast)
+    # g <= share * (2c + g); the small number keeps 0.25 * 24 / 0.75 from becoming 7.999...
+    wanted = int(general_share * 2 * len(contrast) / (1 - general_share) + 1e-9)
+    plain = rng.sample(general, min(len(general), wanted) // 2 * 2)
+    twos: list[Pair] = [(pair.clear, pair.flawed) for pair in contrast]
+    others: list[Pair] = list(zip(plain[::2], plain[1::2], strict=True))
+    return [row for two in _spread(others, twos) for row in two]
+
+
+def _spread(few: list[Pair], many: list[Pair]) -> list[Pair]:
+    """Both lists merged in their own order, `few` at even distances (Bresenham's line)."""
+    total = len(few) + len(many)
+    first, second = iter(few), iter(many)
+    return [next(first if (i + 1) * len(few) // total > i * len(few) // total else second) for i in range(total)]
+
+
+class Encoded(NamedTuple):
+    """Token ids of one preference pair; `chosen` and `rejected` follow `prompt`."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def encode(tokenizer: Any, row: PreferencePair) -> Encoded:
+    """A row through the chat template, as TRL does it: a reply is what follows the prompt, its end-of-turn included.
+
+    Where a template renders the prompt alone in another way than the prompt with a reply, the reply begins at the
+    first difference.
+    """
+    prompt, chosen, rejected = (
+        list(tokenizer.apply_chat_template([*row.prompt, *reply], add_generation_prompt=not reply, return_dict=True)["input_ids"])
+        for reply in ([], row.chosen, row.rejected)
+    )  # fmt: skip
+    start = 0
+    for tokens in zip(prompt, chosen, rejected, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        start += 1
+    return Encoded(prompt[:start], chosen[start:], rejected[start:])
+
+
+class Layout(NamedTuple):
+    """A batch as lists: B sequences padded to T positions, N reply tokens in R replies.
+
+    `sources` are flat indices into B*T: the position whose hidden state predicts the token. `segments` is 0 for the
+    prompt (and padding) and k for the k-th reply of its sequence.
+    """
+
+    ids: list[list[int]]
+    positions: list[list[int]]
+    segments: list[list[int]]
+    sources: list[int]
+    tokens: list[int]
+    replies: list[int]
+
+
+def lay_out(sequences: Sequence[tuple[list[int], Sequence[list[int]]]]) -> Layout:
+    """Prompts with one or more replies each, padded on the right.
+
+    With several replies the prompt stands there once and each reply continues it at the same positions; the attention
+    mask must then keep the replies apart. Padding stands behind every token that is read, so a causal model needs no
+    mask for it.
+    """
+    width = max(len(prompt) + sum(map(len, replies)) for prompt, replies in sequences)
+    ids, positions, segments = [], [], []
+    sources: list[int] = []
+    tokens: list[int] = []
+    which: list[int] = []
+    reply_number = 0
+    for line, (prompt, replies) in enumerate(sequences):
+        seq, place, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for k, reply in enumerate(replies, 1):
+            start = line * width + len(seq)
+            sources += [line * width + len(prompt) - 1, *range(start, start + len(reply) - 1)][: len(reply)]
+            tokens += reply
+            which += [reply_number] * len(reply)
+            reply_number += 1
+            seq += reply
+            place += range(len(prompt), len(prompt) + len(reply))
+            segment += [k] * len(reply)
+        room = [0] * (width - len(seq))
+        ids.append(seq + room)
+        positions.append(place + room)
+        segments.append(segment + room)
+    return Layout(ids, positions, segments, sources, tokens, which)

@@ -1,0 +1,124 @@
+"""The trust ledger: how far one training step moved the policy, per example, and what it bought.
+
+The learning rate is trust per example (S6 in docs/ARCHITECTURE.md); these are the figures that show how much trust was
+really given. Nothing here reads files or models.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+GROUPS: tuple[tuple[str, str], ...] = (
+    ("attention q", r"\.(q_proj|wq|query)\b"),
+    ("attention k", r"\.(k_proj|wk|key)\b"),
+    ("attention v", r"\.(v_proj|wv|value)\b"),
+    ("attention o", r"\.(o_proj|wo|out_proj|dense)\b"),
+    ("attention", r"\b(self_attn|attn|attention|linear_attn)\b"),
+    ("norms", r"norm"),
+    ("mlp", r"\b(mlp|feed_forward|ffn|experts|block_sparse_moe)\b"),
+    ("embeddings", r"embed|lm_head|\bwte\b"),
+)
+"""Parameter groups: the first pattern found in a parameter's name decides."""
+
+
+def group(name: str) -> str:
+    """The group of a parameter, `other` when no pattern fits."""
+    return next((label for label, pattern in GROUPS if re.search(pattern, name)), "other")
+
+
+class ChangeMeter:
+    """Sums the change of weights, tensor by tensor, so that no second copy of a model is needed."""
+
+    def __init__(self, served: torch.dtype) -> None:
+        self._served = served
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        """One parameter before and after, in float32 (the same object twice means that it was not touched)."""
+        squares, moved, changed = self._square(before), 0.0, 0
+        if after is not before:
+            moved = self._square(after - before)
+            changed = int((after.to(self._served) != before.to(self._served)).sum())
+        sums = self._sums.setdefault(group(name), [0.0, 0.0, 0.0, 0.0])
+        for place, value in enumerate((squares, moved, changed, before.numel())):
+            sums[place] += value
+
+    def report(self, rows: int) -> dict[str, dict[str, float]]:
+        """Per group and for `all`: Frobenius norms and shares, see `change_figures`."""
+        total = [sum(column) for column in zip(*self._sums.values(), strict=True)] if self._sums else [0.0] * 4
+        return {name: change_figures(*sums, rows) for name, sums in {"all": total, **dict(sorted(self._sums.items()))}.items()}
+
+    @staticmethod
+    def _square(tensor: torch.Tensor) -> float:
+        return float(tensor.double().square().sum()) if tensor.numel() < 1 << 22 else float(tensor.float().norm()) ** 2
+
+
+def change_figures(squares: float, moved: float, changed: float, count: float, rows: int) -> dict[str, float]:
+    """Figures of one group from its sums of squares (weights, change) and counts (changed, all).
+
+    `relative_change`: norm of the change over the norm of the weights before. `changed_share`: share of the values
+    that differ once rounded to the served precision; what does not differ there is not served. Both also per row.
+    """
+    relative = (moved / squares) ** 0.5 if squares else 0.0
+    share = changed / count if count else 0.0
+    return {
+        "values": int(count),
+        "norm": squares**0.5,
+        "change_norm": moved**0.5,
+        "relative_change": relative,
+        "relative_change_per_row": relative / rows,
+        "changed_share": share,
+        "changed_share_per_row": share / rows,
+    }
+
+
+def preference_figures(
+    before: Sequence[tuple[float, float]],
+    after: Sequence[tuple[float, float]],
+    reference: Sequence[tuple[float, float]],
+    lengths: Sequence[tuple[int, int]],
+    beta: float,
+) -> dict[str, Any]:
+    """Log-probabilities, reward margin and accuracy over a round's rows, before and after training.
+
+    Rows are (chosen, rejected), log-probabilities summed over reply tokens in nats, lengths in tokens. The reward of a
+    reply is beta * (log p - log p_reference) (DPO, arXiv 2305.18290, equation 5); a row is right when chosen's reward
+    is the larger one. A falling `chosen` mean is likelihood displacement (arXiv 2410.08847).
+    """
+    figures: dict[str, Any] = {}
+    for label, scores in (("reference", reference), ("before", before), ("after", after)):
+        rewards = [
+            beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+            for (chosen, rejected), (ref_chosen, ref_rejected) in zip(scores, reference, strict=True)
+        ]
+        figures[label] = {
+            **{
+                side: {
+                    "logp_sum": _mean([score[place] for score in scores]),
+                    "logp_token": _mean([s[place] / max(1, n[place]) for s, n in zip(scores, lengths, strict=True)]),
+                }
+                for place, side in enumerate(("chosen", "rejected"))
+            },
+            "margin": _mean(rewards),
+            "accuracy": _mean([float(reward > 0) for reward in rewards]),
+        }
+    return figures
+
+
+def summary(ledger: dict[str, Any]) -> str:
+    """One line for people."""
+    moved, preference = ledger["weights"]["all"], ledger["preference"]
+    chosen = [preference[when]["chosen"]["logp_token"] for when in ("before", "after")]
+    return (
+        f"{ledger['rows']} rows in {ledger['steps']} steps at {ledger['learning_rate']:g}: weights moved "
+        f"{moved['relative_change']:.2e} of their norm ({moved['relative_change_per_row']:.1e} a row), "
+        f"{moved['changed_share']:.1%} of values changed as served; reward margin "
+        f"{preference['before']['margin']:+.3f} -> {preference['after']['margin']:+.3f}, "
+        f"{preference['after']['accuracy']:.0%} of rows right, chosen log p a token {chosen[0]:.3f} -> {chosen[1]:.3f}"
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
