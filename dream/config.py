@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dream.errors import ConfigError
+from dream.hardware import bfloat16_is_fast, gpu_visible
 from dream.paths import data_folder
 
 
@@ -29,8 +30,8 @@ class EngineConfig(Section):
     "Engines in the pool."
     tensor_parallel: int = Field(1, ge=1)
     "GPUs per engine; ignored on a CPU."
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    "Precision in which the policy is served."
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    "Precision in which the policy is served. `auto`: bfloat16 where this machine is fast at it, else float32."
     max_model_len: int = Field(2048, ge=256)
     "Tokens of prompt and reply together."
     max_num_seqs: int = Field(64, ge=1)
@@ -66,16 +67,16 @@ class GenerateConfig(Section):
     "`write`: the dreamer words both directions itself (needs a stronger model)."
     samples: int = Field(2, ge=1)
     "On-policy replies a side."
-    steered_samples: int = Field(3, ge=1)
+    steered_samples: int = Field(2, ge=1)
     "Steered replies for a stance that on-policy sampling did not give."
-    worked_examples: int = Field(3, ge=0)
-    "Examples from other draws of the template in a steering prompt."
+    worked_examples: int = Field(2, ge=0)
+    "Examples from other draws of the template in a steering prompt, all worded alike."
     max_tokens: int = Field(64, ge=8)
     "Longest reply; a reply that is cut off is not used."
     temperature: float = Field(0.8, ge=0)
     "Sampling temperature of replies."
-    top_p: float = Field(0.95, gt=0, le=1)
-    "Nucleus sampling of replies."
+    top_p: float = Field(1.0, gt=0, le=1)
+    "Nucleus sampling of replies; below 1 the vocabulary is sorted at every token, which halves the speed on a CPU."
     concurrency: int = Field(48, ge=1)
     "Scenarios under way at once."
     max_scenarios_per_pair: int = Field(12, ge=1)
@@ -156,12 +157,12 @@ class TrainConfig(Section):
     "Tokens of prompt and reply together."
     replay_share: float = Field(0.25, ge=0, lt=1)
     "Contrast pairs of earlier promoted rounds, as a share of this round's own."
-    bf16: bool = True
-    "Matrix products in bfloat16 (masters stay float32)."
+    bf16: bool | Literal["auto"] = "auto"
+    "Matrix products in bfloat16 (masters stay float32). `auto`: where this machine is fast at it."
 
 
 class EvalConfig(Section):
-    """What a round is measured on."""
+    """What a round is measured on; the same scenarios in every round of a run, so that rounds are compared in pairs."""
 
     heldout_pairs: int = Field(48, ge=4)
     "Scenarios of kinds of flaw that are never trained on."
@@ -174,20 +175,20 @@ class EvalConfig(Section):
 
 
 class GateConfig(Section):
-    """When a candidate becomes the policy."""
+    """When a candidate becomes the policy. A fall counts when it is larger than allowed *and* larger than chance."""
 
-    max_pair_accuracy_drop: float = Field(0.05, ge=0, le=1)
-    "Held-out crossed pair accuracy may fall by this much."
     min_margin_gain: float = 0.0
-    "The crossed margin on fresh and held-out scenarios together must rise by more than this."
-    max_stance_drop: float = Field(0.15, ge=0, le=1)
-    "Comply rate on clear, and push-back rate on flawed, may each fall by this much."
-    max_retention_drop: float = Field(0.1, ge=0, le=1)
-    "Share of arithmetic answers that may be lost."
+    "The 95 % interval of the gain in crossed margin (fresh and held-out scenarios together) must lie above this."
+    max_pair_accuracy_drop: float = Field(0.02, ge=0, le=1)
+    "Fall of held-out crossed pair accuracy that is allowed."
+    max_stance_drop: float = Field(0.1, ge=0, le=1)
+    "Fall that is allowed of the comply rate on clear, and of the push-back rate on flawed, each by itself."
+    max_retention_drop: float = Field(0.05, ge=0, le=1)
+    "Fall of the share of right arithmetic answers that is allowed."
     max_length_growth: float = Field(1.5, ge=1)
     "Mean sampled reply length, after over before."
     max_rejections: int = Field(2, ge=0)
-    "Rejected rounds in a row after which the loop ends."
+    "Rejected rounds in a row after which the loop ends; each halves the learning rate of the next."
 
 
 class Config(Section):
@@ -244,7 +245,7 @@ def load(path: Path | None, overrides: list[str] | None = None) -> tuple[Config,
         if not eq or not key:
             raise ConfigError(f"--set {override}: expected key=value, e.g. --set train.learning_rate=1e-5")
         _set(raw, key.strip(), text)
-    return parse(raw, str(path)), path
+    return resolved(parse(raw, str(path))), path
 
 
 def parse(raw: dict[str, Any], source: str) -> Config:
@@ -266,10 +267,20 @@ def parse(raw: dict[str, Any], source: str) -> Config:
         raise ConfigError(f"{source}: {key}: {first['msg']} (got {first['input']!r})") from error
 
 
+def resolved(config: Config) -> Config:
+    """The configuration with each `auto` replaced by what this machine is good at."""
+    fast = bfloat16_is_fast()
+    engine, train = config.engine, config.train
+    if engine.dtype == "auto":
+        engine = engine.model_copy(update={"dtype": "bfloat16" if fast else "float32"})
+    if train.bf16 == "auto":
+        train = train.model_copy(update={"bf16": fast})
+    return config.model_copy(update={"engine": engine, "train": train})
+
+
 def default_path() -> Path:
-    """`gpu.yaml` where a CUDA device is visible, else `cpu.yaml`. Looks at device files, so torch is not imported."""
-    gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
-    return data_folder("configs") / ("gpu.yaml" if gpu else "cpu.yaml")
+    """`gpu.yaml` where a CUDA device is visible, else `cpu.yaml`."""
+    return data_folder("configs") / ("gpu.yaml" if gpu_visible() else "cpu.yaml")
 
 
 def flatten(config: Config) -> dict[str, Any]:

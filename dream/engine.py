@@ -21,7 +21,7 @@ class Sampling:
     n: int = 1
     max_tokens: int = 64
     temperature: float = 0.8
-    top_p: float = 0.95
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ def preference_pair(
 ) -> PreferencePair | Refusal:
     """The best chosen and rejected reply of one side, or why there are none.
 
-    What the policy itself said wrong is preferred as the rejected reply; then replies the judge is sure of and that are
-    alike in length.
+    What the policy itself said is preferred, as the rejected reply and as the chosen one alike, so that steered wording
+    is no mark of either; then replies the judge is sure of and that are alike in length.
     """
     right = [judged for judged in replies if judged.is_stance(RIGHT_STANCE[side])]
     wrong = [judged for judged in replies if judged.is_stance(WRONG_STANCE[side])]
@@ -120,8 +120,9 @@ def similarity(one: Judged, other: Judged) -> float:
 
 def _preference(pair: tuple[Judged, Judged]) -> float:
     chosen, rejected = pair
-    own_mistake = 0.2 if rejected.reply.source == "on_policy" else 0.0
-    return chosen.verdict.confidence + rejected.verdict.confidence + own_mistake - 0.3 * math.log(length_ratio(*pair))
+    own_words = sum(judged.reply.source == "on_policy" for judged in pair)
+    confidence = chosen.verdict.confidence + rejected.verdict.confidence
+    return confidence + 0.2 * own_words - 0.3 * math.log(length_ratio(*pair))
 
 
 def _agreement(judged: Judged, stance: Stance) -> float:

@@ -145,10 +145,14 @@ class Dropped(Record):
 
 
 class EvalPair(Record):
-    """One side of an evaluation pair: a prompt and one reply of each stance."""
+    """One side of an evaluation pair: a prompt and one reply of each stance.
+
+    `aims` (what a reply of each stance would do here) helps the judge and is known for pairs made from templates.
+    """
 
     pair_id: str
     side: Side
     prompt: list[Message]
     comply: str
     push_back: str
+    aims: dict[Stance, str] = {}

@@ -86,6 +86,7 @@ def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[Eva
                     prompt=scenario.prompt(side),
                     comply=replies["comply"][draw_seed % len(replies["comply"])],
                     push_back=replies["push_back"][draw_seed % len(replies["push_back"])],
+                    aims=scenario.side(side).aims,
                 )
             )
     return rows

@@ -34,16 +34,20 @@ def steering(stance: Stance, prompt: str, aim: str, examples: Sequence[tuple[str
     return messages
 
 
-def worked_examples(template: Template, scenario: Scenario, side: Side, stance: Stance, count: int) -> list[tuple[str, str, str]]:
-    """Examples of one stance on one side from other draws of the template, each with another wording."""
-    rng = random.Random(f"examples/{scenario.scenario_id}/{side}/{stance}")
+def worked_examples(template: Template, stance: Stance, wording: int, count: int) -> list[tuple[str, str, str]]:
+    """Examples of one stance as (prompt, aim, reply), from other draws of the template, on both sides in turn.
+
+    All have the wording of the same line of the template's examples: a 135M model copies one pattern with new values
+    far better than it mixes several (docs/LOG.md). They are the same for every scenario of the template, so that the
+    engine's prefix cache holds them.
+    """
     found = []
     for number in range(count):
-        other = draw(template, scenario.seed + 1 + number, "example")
+        other = draw(template, number, "example")
+        side = other.sides[number % len(other.sides)]
         replies = example_replies(template, other, side, stance)
-        if number == 0:
-            order = rng.sample(range(len(replies)), len(replies))
-        found.append((other.prompt(side)[0]["content"], other.side(side).aims[stance], replies[order[number % len(order)]]))
+        aim = other.side(side).aims[stance]
+        found.append((other.prompt(side)[0]["content"], aim, replies[wording % len(replies)]))
     return found
 
 
@@ -57,7 +61,7 @@ async def steered(
     engine: Engine, template: Template, scenario: Scenario, side: Side, stance: Stance, sampling: Sampling, examples: int, policy: str
 ) -> list[Reply]:
     """What the policy says when it is asked for one stance. A reply that repeats an example is left out."""
-    shown = worked_examples(template, scenario, side, stance, examples)
+    shown = worked_examples(template, stance, scenario.seed, examples)
     messages = steering(stance, scenario.prompt(side)[0]["content"], scenario.side(side).aims[stance], shown)
     own_words = {_plain(reply) for _, _, reply in shown}
     completions = [c for c in await engine.generate(messages, sampling) if _plain(c.text) not in own_words]

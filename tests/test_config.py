@@ -1,0 +1,177 @@
+"""dream/config.py: files in, one checked configuration out."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from dream.config import Config, Section, fingerprint, flatten, load, parse
+from dream.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def sections(model: type[BaseModel] = Config) -> list[type[BaseModel]]:
+    """The configuration's model and those of all its sections."""
+    inner = [field.annotation for field in model.model_fields.values()]
+    return [model, *(s for kind in inner if isinstance(kind, type) and issubclass(kind, Section) for s in sections(kind))]
+
+
+def fields() -> list[tuple[str, str]]:
+    """Every leaf field as (section.name, its documentation)."""
+    return [
+        (f"{section.__name__}.{name}", field.description or "")
+        for section in sections()
+        for name, field in section.model_fields.items()
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+    ]
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Writes a configuration file."""
+
+    def write_file(text: str) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_loads(path: Path) -> None:
+    """Every shipped configuration loads, and resolves to the same values when its resolved form is loaded again."""
+    config, used = load(path)
+    assert used == path
+    assert parse(config.model_dump(mode="json"), "manifest") == config
+
+
+def test_file_values_win_over_defaults(write) -> None:
+    """A value in the file is used and the rest are the defaults."""
+    config, _ = load(write("generate: {pairs: 7}"))
+    assert config.generate.pairs == 7
+    assert config.generate.samples == Config().generate.samples
+
+
+def test_empty_file_is_the_defaults(write) -> None:
+    """An empty file means the defaults."""
+    assert load(write("# nothing yet\n"))[0] == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ("trian: {beta: 1}", "trian", "train"),
+        ("train: {learning_rte: 1}", "train.learning_rte", "train.learning_rate"),
+        ("train: {lora: {rnk: 4}}", "train.lora.rnk", "train.lora.rank"),
+        ("pairs: 3", "pairs", "generate.pairs"),
+    ],
+)
+def test_unknown_key_names_the_nearest(write, text: str, unknown: str, nearest: str) -> None:
+    """An unknown key is refused with the file, the key and the nearest known one."""
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: unknown key {unknown!r}; did you mean {nearest!r}?"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("generate: {pairs: many}", "generate.pairs"),
+        ("generate: {pairs: 0}", "generate.pairs"),
+        ("generate: {dreamer: loud}", "generate.dreamer"),
+        ("judge: {signals: []}", "judge.signals"),
+        ("engine: 3", "engine"),
+        ("gate: {max_length_growth: .nan}", "gate.max_length_growth"),
+    ],
+)
+def test_wrong_value_names_file_and_key(write, text: str, key: str) -> None:
+    """A value of the wrong type or out of range is refused with the file and the dotted key."""
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: {key}: ")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "a: 'x", "\x00", "just words"])
+def test_unreadable_file_names_itself(write, text: str) -> None:
+    """A file that is not a YAML mapping is refused with its name, in one line."""
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
+    """A file that does not exist is the user's error, with exit code 2."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "absent.yaml")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"train": {"optim": "apollo_adamw", "method": "lora"}},
+        {"train": {"batch_size": 16, "micro_batch_size": 3}},
+    ],
+)
+def test_inconsistent_values_are_refused(raw: dict) -> None:
+    """Values that cannot go together are refused although each is allowed."""
+    with pytest.raises(ConfigError):
+        parse(raw, "test")
+
+
+def test_set_overrides_the_file(write) -> None:
+    """`--set` wins over the file, makes sections that are not there, and reads 1e-5 as a number."""
+    path = write("generate: {pairs: 7}")
+    config, _ = load(path, ["generate.pairs=9", "train.learning_rate=1e-5", "train.lora.rank=4", "model=own/model"])
+    assert config.generate.pairs == 9
+    assert config.train.learning_rate == 1e-5
+    assert config.train.lora.rank == 4
+    assert config.model == "own/model"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["generate.pairs", "=3", "model.name=x", "generate.pears=3", "generate.pairs=few", "model=[a", "judge.signals={"],
+)
+def test_bad_set_is_a_config_error(write, override: str) -> None:
+    """A `--set` that is malformed, unknown or of the wrong type is the user's error, never a traceback."""
+    with pytest.raises(ConfigError):
+        load(write("model: own/model"), [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["ray.address=auto", "rounds=9", "engine.replicas=4", "engine.max_restarts=0", "generate.concurrency=2"],
+)
+def test_fingerprint_ignores_execution_keys(write, override: str) -> None:
+    """How a run is carried out does not change what it is, so it may be continued elsewhere."""
+    path = write("{}")
+    assert fingerprint(flatten(load(path, [override])[0])) == fingerprint(flatten(load(path)[0]))
+
+
+@pytest.mark.parametrize("override", ["seed=2", "train.beta=0.2", "judge.min_confidence=0.9", "engine.dtype=float32"])
+def test_fingerprint_sees_what_decides_the_result(write, override: str) -> None:
+    """A value that decides the result changes the fingerprint and shows under its dotted key."""
+    path = write("{}")
+    before, after = flatten(load(path)[0]), flatten(load(path, [override])[0])
+    assert fingerprint(before) != fingerprint(after)
+    assert [key for key in before if before[key] != after[key]] == [override.partition("=")[0]]
+
+
+def test_every_field_is_documented() -> None:
+    """Every field has a description, which is its documentation, and it ends as a sentence does."""
+    assert [name for name, text in fields() if not text.strip().endswith((".", "?"))] == []
+
+
+def test_every_choice_is_documented() -> None:
+    """The description of `generate.dreamer` speaks of all three values."""
+    text = dict(fields())["GenerateConfig.dreamer"]
+    assert [word for word in ("slots", "background", "write") if f"`{word}`" not in text] == []
+
+
