@@ -1,2 +1,377 @@
+"""The command line. Only what parses, prints and exits; the work is in `dream.tasks` and imported when it is needed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dream.errors import ConfigError, DataError, DreamError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Teach a chat model when to do as it is told and when to push back.\n\n"
+    "Every day:  dream generate   |   dream train --rounds 3   |   edit prompts/scenarios/*.j2",
+)
+judge_app = typer.Typer(no_args_is_help=True, help="Measure the judge.")
+templates_app = typer.Typer(no_args_is_help=True, help="List, show, check and try scenario templates.")
+runs_app = typer.Typer(no_args_is_help=True, help="List and show runs, or go back to an earlier round.")
+app.add_typer(judge_app, name="judge")
+app.add_typer(templates_app, name="templates")
+app.add_typer(runs_app, name="runs")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file; default: configs/gpu.yaml with a CUDA device, else configs/cpu.yaml."),
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key, e.g. train.learning_rate=1e-5.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; continued when it exists. Default: new under runs/.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+ForceOption = Annotated[bool, typer.Option("--force-judge", help="Go on although the judge errs too often.")]
+
+
 def main() -> None:
-    pass
+    """The entry point: errors become one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except DreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command with --out and the run folder goes on from here", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def doctor(config: ConfigOption = None, overrides: SetOption = None, json_file: JsonOption = None) -> None:
+    """What this machine can run, and what is missing.
+
+    Example:  dream doctor --config configs/gpu.yaml
+    """
+    from dream.doctor import examine
+
+    resolved, source = _load(config, overrides)
+    findings = examine(resolved, source)
+    for finding in findings:
+        print(f"{'ok  ' if finding.good else 'MISS'} {finding.name}: {finding.text}")
+    _write(json_file, [finding._asdict() for finding in findings])
+    if not all(finding.good for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    config: ConfigOption = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", help="Accepted contrast pairs wanted.")] = None,
+    out: OutOption = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the scenarios and the sampling.")] = None,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+    force_judge: ForceOption = False,
+) -> None:
+    """Dream contrast pairs: scenarios, replies, verdicts, pairs.jsonl.
+
+    Examples:
+
+      dream generate
+
+      dream generate --pairs 100 --out runs/mine --set generate.temperature=1.0
+    """
+    from dream import tasks
+    from dream.terminal import Terminal, generate_table, out as stdout
+
+    _at_least_one("--pairs", pairs)
+    resolved, source = _load(config, overrides, {"generate.pairs": pairs, "seed": seed})
+    with Terminal() as terminal:
+        _say_sources(terminal, source)
+        path, summary = tasks.generate(resolved, source, out, terminal, force_judge=force_judge)
+    generate_table(summary)
+    stdout.print(f"pairs: {path / 'round_01' / 'pairs.jsonl'}")
+    _write(json_file, {"run": str(path), **summary})
+    if summary["accepted"] < summary["wanted"]:
+        raise DreamError(
+            f"stopped short: {summary['accepted']} of {summary['wanted']} pairs after {summary['scenarios']} scenarios "
+            f"(generate.max_scenarios_per_pair); the reasons are above and in {path / 'round_01' / 'dropped.jsonl'}"
+        )
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds in all, the finished ones included.")] = None,
+    out: OutOption = None,
+    data: Annotated[list[Path] | None, typer.Option("--data", help="Train on these pairs.jsonl instead of dreaming.")] = None,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+    force_judge: ForceOption = False,
+) -> None:
+    """Run rounds of dreaming and DPO, each with a gate and a way back.
+
+    Examples:
+
+      dream train --rounds 3
+
+      dream train --rounds 1 --data runs/latest/round_01/pairs.jsonl
+    """
+    from dream import tasks
+    from dream.terminal import Terminal, out as stdout
+
+    _at_least_one("--rounds", rounds)
+    resolved, source = _load(config, overrides, {"rounds": rounds})
+    with Terminal() as terminal:
+        _say_sources(terminal, source)
+        path, _ = tasks.train(resolved, source, out, data or [], terminal, force_judge=force_judge)
+    shown = tasks.show_run(path)
+    stdout.print(f"run: {path}")
+    _write(json_file, shown)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path | None, typer.Option("--run", help="Evaluate the accepted policy of this run.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Evaluate this model instead.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="With --model: a LoRA adapter on top.")] = None,
+    pairs: Annotated[Path | None, typer.Option("--pairs", help="Evaluation pairs; default: held-out scenarios.")] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure whether a policy knows when to push back.
+
+    Examples:
+
+      dream eval --run runs/latest --json eval.json
+
+      dream eval --model bundled:smollm2-135m-instruct --pairs my-pairs.jsonl
+    """
+    from dream import tasks
+    from dream.terminal import Terminal, evaluation_table
+
+    if (run is None) == (model is None):
+        raise ConfigError("dream eval: give either --run DIR or --model M")
+    if adapter is not None and model is None:
+        raise ConfigError("dream eval: --adapter goes with --model; --run finds its own")
+    with Terminal() as terminal:
+        if run is not None:
+            resolved, weights = tasks.policy_of(run, overrides or [])
+        else:
+            resolved, _ = _load(config, overrides, {"model": model})
+            weights = None
+        with tasks.merged(resolved, adapter, terminal) as merged:
+            evaluation = tasks.evaluate(resolved, merged or weights, pairs, terminal)
+    evaluation_table(evaluation)
+    _write(json_file, evaluation.model_dump(exclude={"items"}))
+
+
+@judge_app.command("check")
+def judge_check(
+    file: Annotated[Path, typer.Argument(help="JSON Lines: prompt, response, label (comply or push_back).")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """How good the judge is on labelled replies.
+
+    Example:  dream judge check labelled.jsonl --json judge.json
+    """
+    from dream import tasks
+    from dream.terminal import Terminal
+
+    resolved, _ = _load(config, overrides)
+    with Terminal() as terminal:
+        quality = tasks.check_judge(resolved, file, terminal)
+    for name, value in quality.model_dump().items():
+        print(f"{name:<11} {value}")
+    _write(json_file, quality.model_dump())
+
+
+@templates_app.command("list")
+def templates_list(json_file: JsonOption = None) -> None:
+    """All templates with their kind of flaw, domains and split.
+
+    Example:  dream templates list
+    """
+    from rich.table import Table
+
+    from dream.templates import load_all
+    from dream.terminal import out
+
+    loaded = load_all()
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "flaw", "domains", "split", "description"):
+        table.add_column(column, overflow="fold")
+    for template in loaded:
+        front = template.front
+        table.add_row(front.name, front.flaw, ", ".join(front.domains), front.split, front.description)
+    out.print(table)
+    _write(json_file, [{**template.front.model_dump(), "hash": template.hash} for template in loaded])
+
+
+@templates_app.command("show")
+def templates_show(name: str) -> None:
+    """A template's file and text.
+
+    Example:  dream templates show sales-sheet
+    """
+    from dream.templates import find
+
+    template = find(name)
+    print(f"# {template.path}")
+    print(template.path.read_text(encoding="utf-8"), end="")
+
+
+@templates_app.command("check")
+def templates_check(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Files; default: all in the prompts folder.")] = None,
+) -> None:
+    """Check templates: every problem names file, line or key, and what to do.
+
+    Examples:
+
+      dream templates check
+
+      dream templates check prompts/scenarios/mine.j2
+    """
+    from dream.errors import TemplateError
+    from dream.paths import data_folder
+    from dream.templates import load
+
+    files = paths or sorted((data_folder("prompts") / "scenarios").glob("*.j2"))
+    if not files:
+        raise TemplateError(f"{data_folder('prompts') / 'scenarios'}: no *.j2 files to check")
+    bad = 0
+    for path in files:
+        try:
+            template = load(path)
+        except TemplateError as error:
+            bad += 1
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"ok {template.name} ({template.front.flaw}, {template.hash})")
+    if bad:
+        raise TemplateError(f"{bad} of {len(files)} templates are wrong")
+
+
+@templates_app.command("preview")
+def templates_preview(
+    name: str,
+    number: Annotated[int, typer.Option("-n", help="Scenarios to draw.")] = 1,
+    write: Annotated[bool, typer.Option("--write", help="Let the dreamer word them; starts the model.")] = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Draw scenarios from a template and show both sides, with its worked replies.
+
+    Example:  dream templates preview sales-sheet -n 3
+    """
+    from dream import tasks
+    from dream.scenarios import STANCES, example_replies
+    from dream.templates import find
+    from dream.terminal import Terminal
+
+    _at_least_one("-n", number)
+    template = find(name)
+    resolved, _ = _load(config, overrides)
+    with Terminal() as terminal:
+        scenarios = tasks.preview(template, number, resolved, write, terminal)
+    for scenario in scenarios:
+        for side in scenario.sides:
+            print(f"{side}: {scenario.prompt(side)[0]['content']}")
+            for stance in STANCES:
+                replies = example_replies(template, scenario, side, stance)
+                print(f"    {stance}: {replies[scenario.seed % len(replies)]}")
+        print()
+
+
+@runs_app.command("list")
+def runs_list(
+    folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path("runs"), json_file: JsonOption = None
+) -> None:
+    """All runs of a folder, newest last.
+
+    Example:  dream runs list
+    """
+    from dream.tasks import list_runs
+
+    rows = list_runs(folder)
+    for row in rows:
+        print(f"{row['run']}  {row['kind']}  {row['model']}  {row['rounds']} rounds, {row['pairs']} pairs, policy {row['policy']}")
+    _write(json_file, rows)
+
+
+@runs_app.command("show")
+def runs_show(run: Path, json_file: JsonOption = None) -> None:
+    """A run's rounds, figures and decisions.
+
+    Example:  dream runs show runs/latest
+    """
+    from dream.tasks import show_run
+
+    _write(json_file, show_run(run))
+
+
+@runs_app.command("rollback")
+def runs_rollback(
+    run: Path, to: Annotated[int, typer.Option("--to", help="A promoted round, or 0 for the initial model.")]
+) -> None:
+    """Make an earlier round the policy again; nothing is deleted.
+
+    Example:  dream runs rollback runs/latest --to 1
+    """
+    from dream.tasks import roll_back_run
+
+    policy = roll_back_run(run, to)
+    print(f"{run}: the policy is round {policy.round} again; `dream train --out {run}` goes on from it")
+
+
+@app.command()
+def export(
+    run: Path,
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Full weights instead of the adapter.")] = False,
+) -> None:
+    """Copy the accepted policy out of a run: a PEFT adapter, or a Hugging Face model folder.
+
+    Example:  dream export runs/latest --out my-model --merged
+    """
+    from dream.tasks import export_policy
+
+    print(export_policy(run, out, merged))
+
+
+def _load(config: Path | None, overrides: list[str] | None, options: dict[str, Any] | None = None) -> Any:
+    """The configuration with `--set` values and, where given, those of options."""
+    from dream.config import load
+
+    given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
+    return load(config, [*(overrides or []), *given])
+
+
+def _say_sources(terminal: Any, config_file: Path) -> None:
+    from dream.paths import data_folder
+
+    terminal.line(f"configuration {config_file}, prompts {data_folder('prompts')}")
+
+
+def _at_least_one(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{option} {value}: must be 1 or more")
+
+
+def _write(path: Path | None, value: Any) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--json {path}: {error.strerror or error}; name a file that can be written") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -240,11 +240,8 @@ def load(path: Path | None, overrides: list[str] | None = None) -> tuple[Config,
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
-    for override in overrides or []:
-        key, eq, text = override.partition("=")
-        if not eq or not key:
-            raise ConfigError(f"--set {override}: expected key=value, e.g. --set train.learning_rate=1e-5")
-        _set(raw, key.strip(), text)
+    for text in overrides or []:
+        override(raw, text)
     return resolved(parse(raw, str(path))), path
 
 
@@ -312,15 +309,26 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _set(raw: dict[str, Any], key: str, text: str) -> None:
-    *parents, last = key.split(".")
+def override(raw: dict[str, Any], text: str) -> None:
+    """Puts one `key=value` into a mapping that `parse` has not seen yet.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    key, eq, value_text = text.partition("=")
+    *parents, last = key.strip().split(".")
+    if not eq or not last:
+        raise ConfigError(f"--set {text}: expected key=value, e.g. --set train.learning_rate=1e-5")
     place = raw
     for parent in parents:
         inner = place.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {key}: {parent} is not a section")
+            raise ConfigError(f"--set {text}: {parent} is not a section")
         place = inner
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(value_text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not YAML: {' '.join(str(error).split())}") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
         try:
             value = float(value)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dream.config import Config
 from dream.engine import Engine, Sampling
@@ -37,16 +38,29 @@ class Progress:
 
 @dataclass
 class Demand:
-    """Which template a round needs next: the kind of flaw with the least to show and the least tried.
+    """How many pairs of one sort (contrast or general) a round wants, and which template it needs next.
 
-    Accepted pairs count fully, those under way by half, failed attempts by a quarter: kinds stay balanced, and one that
-    never passes does not eat the round.
+    Accepted pairs count fully, those under way by half, failed attempts by a quarter: kinds of flaw stay balanced, and
+    one that never passes does not eat the round.
     """
 
     templates: Sequence[Template]
+    wanted: int
     accepted: Counter[str] = field(default_factory=Counter)
     attempts: Counter[str] = field(default_factory=Counter)
     under_way: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def missing(self) -> int:
+        """Pairs that are still to be accepted."""
+        return max(0, self.wanted - self.accepted.total())
+
+    @property
+    def covered(self) -> bool:
+        """Whether the scenarios under way will probably bring what is missing, by the acceptance rate so far."""
+        ended = self.attempts.total() - self.under_way.total()
+        hope = (self.accepted.total() + 2) / (ended + 3)
+        return self.under_way.total() * hope >= self.missing
 
     def next(self) -> Template:
         """The template of the neediest kind, and within the kind the neediest template."""
@@ -75,18 +89,19 @@ class RoundDreamer:
         *,
         round_number: int,
         policy: str,
-        attempt: int = 1,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self._engine, self._judge, self._store, self._config = engine, judge, store, config
-        self._round, self._policy, self._attempt, self._on_progress = round_number, policy, attempt, on_progress
+        self._round, self._policy, self._on_progress = round_number, policy, on_progress
         self._by_name = {template.name: template for template in templates if template.front.split == "train"}
-        self._contrast = Demand([t for t in self._by_name.values() if not t.general])
-        self._general = Demand([t for t in self._by_name.values() if t.general])
-        if not self._contrast.templates:
+        contrast = [template for template in self._by_name.values() if not template.general]
+        general = [template for template in self._by_name.values() if template.general]
+        if not contrast:
             raise DataError("no training templates; at least one needs `split: train` and a flaw")
-        share = config.generate.general_share
-        self._general_wanted = math.ceil(2 * config.generate.pairs * share / (1 - share)) if self._general.templates else 0
+        pairs, share = config.generate.pairs, config.generate.general_share
+        self._contrast = Demand(contrast, pairs)
+        self._general = Demand(general, math.ceil(2 * pairs * share / (1 - share)) if general else 0)
+        self._changed = asyncio.Event()
         self._count = 0
         self._tokens = 0
         self._began = time.monotonic()
@@ -102,10 +117,24 @@ class RoundDreamer:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    @property
-    def reasons(self) -> Counter[str]:
-        """How often each reason dropped a scenario."""
-        return Counter(row.reason for row in self._store.dropped)
+    def summary(self) -> dict[str, Any]:
+        """What was accepted and dropped, and the kinds of flaw that gave nothing."""
+        accepted: Counter[str] = Counter()
+        for pair in self._store.pairs:
+            accepted[pair.clear.meta["flaw"]] += 1
+        kinds = {template.front.flaw for template in self._contrast.templates}
+        return {
+            "wanted": self._contrast.wanted,
+            "accepted": len(self._store.pairs),
+            "general": len(self._store.general),
+            "scenarios": self._count,
+            "accepted_by_flaw": dict(accepted.most_common()),
+            "starving": sorted(kinds - set(accepted)),
+            "dropped": dict(Counter(row.reason for row in self._store.dropped).most_common()),
+            "tokens": self._tokens,
+            "seconds": round(time.monotonic() - self._began, 1),
+            "judge": self._judge.quality.model_dump(),
+        }
 
     def _recover(self) -> None:
         """Counts what an earlier process did; scenarios that it left under way get a row that says so."""
@@ -123,46 +152,50 @@ class RoundDreamer:
         known = self._by_name.get(template)
         return self._general if known is not None and known.general else self._contrast
 
-    def _next(self) -> Template | None:
-        """The template to draw from, or None when this worker is done."""
-        pairs, general = len(self._store.pairs), len(self._store.general)
-        wanted = self._config.generate.pairs
-        limit = self._config.generate.max_scenarios_per_pair * (wanted + self._general_wanted)
-        if pairs >= wanted and general >= self._general_wanted or self._count >= limit:
-            return None
-        if pairs >= wanted:
-            return self._general.next()
-        behind = general + sum(self._general.under_way.values()) < self._general_wanted * pairs / wanted
-        return self._general.next() if behind and general < self._general_wanted else self._contrast.next()
+    def _open(self) -> list[Demand]:
+        """What still lacks pairs; empty when the round is complete or its scenarios are used up."""
+        wanted = self._contrast.wanted + self._general.wanted
+        if self._count >= self._config.generate.max_scenarios_per_pair * wanted:
+            return []
+        return [demand for demand in (self._general, self._contrast) if demand.missing]
 
     async def _work(self) -> None:
-        while (template := self._next()) is not None:
-            demand = self._demand(template.name)
-            demand.attempts[template.name] += 1
-            demand.under_way[template.name] += 1
-            self._count += 1
-            scenario_id = f"r{self._round}-{self._count:06d}"
-            seed = self._seed(template, demand.attempts[template.name])
-            try:
-                scenario = draw(template, seed, scenario_id)
-                outcome = await self._dream(template, scenario)
-            finally:
-                demand.under_way[template.name] -= 1
-            if outcome:
-                demand.accepted[template.name] += 1
-            self._on_progress(
-                Progress(
-                    accepted=len(self._store.pairs),
-                    wanted=self._config.generate.pairs,
-                    scenarios=self._count,
-                    tokens=self._tokens,
-                    seconds=time.monotonic() - self._began,
-                )
-            )
+        while lacking := self._open():
+            waiting = [demand for demand in lacking if not demand.covered]
+            if not waiting:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            demand = max(waiting, key=lambda one: one.missing / one.wanted)
+            await self._one(demand, demand.next())
+            self._changed.set()
+        self._changed.set()
 
-    def _seed(self, template: Template, number: int) -> int:
-        """A draw that no other round, attempt or scenario of this run makes."""
-        return (self._config.seed * 1_000 + self._round * 10 + self._attempt) * 100_000 + number
+    async def _one(self, demand: Demand, template: Template) -> None:
+        """One scenario, from its number to its end."""
+        demand.attempts[template.name] += 1
+        demand.under_way[template.name] += 1
+        self._count += 1
+        scenario_id = f"r{self._round}-{self._count:06d}"
+        try:
+            scenario = draw(template, self._seed(demand.attempts[template.name]), scenario_id)
+            kept = await self._dream(template, scenario)
+        finally:
+            demand.under_way[template.name] -= 1
+        demand.accepted[template.name] += kept
+        self._on_progress(
+            Progress(
+                accepted=len(self._store.pairs),
+                wanted=self._config.generate.pairs,
+                scenarios=self._count,
+                tokens=self._tokens,
+                seconds=time.monotonic() - self._began,
+            )
+        )
+
+    def _seed(self, number: int) -> int:
+        """A draw that no other round makes, for the n-th scenario of a template."""
+        return (self._config.seed * 1_000 + self._round) * 100_000 + number
 
     async def _dream(self, template: Template, scenario: Scenario) -> bool:
         """One scenario's way from draw to pair; whether it was kept."""
@@ -192,7 +225,7 @@ class RoundDreamer:
         pair = contrast_pair(scenario, replies, self._config.filters)
         if isinstance(pair, Refusal):
             return self._drop(scenario, "filter", pair.reason, pair.detail)
-        if len(self._store.pairs) >= self._config.generate.pairs:
+        if not self._contrast.missing:
             return self._drop(scenario, "filter", "surplus")
         self._store.keep(pair)
         return True
@@ -236,7 +269,7 @@ class RoundDreamer:
     def _keep_general(self, scenario: Scenario, row: PreferencePair | Refusal) -> bool:
         if isinstance(row, Refusal):
             return self._drop(scenario, "filter", row.reason, row.detail)
-        if len(self._store.general) >= self._general_wanted:
+        if not self._general.missing:
             return self._drop(scenario, "filter", "surplus")
         self._store.keep_general(row)
         return True

@@ -6,6 +6,7 @@ be checked before a model is started. What a template draws is in `dream.scenari
 template writers.
 """
 
+import difflib
 import hashlib
 import random
 import re
@@ -202,6 +203,22 @@ def load_all(folder: Path | None = None) -> list[Template]:
     if not templates:
         raise TemplateError(f"{folder}: no *.j2 files; add one with `dream templates new NAME`")
     return templates
+
+
+def find(name: str) -> Template:
+    """The template of a name, or of a file.
+
+    Raises:
+        TemplateError: there is none; the message gives the nearest name.
+    """
+    folder = data_folder("prompts") / "scenarios"
+    path = Path(name) if name.endswith(".j2") else folder / f"{name}.j2"
+    if not path.is_file():
+        known = sorted(other.stem for other in folder.glob("*.j2"))
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(known)}"
+        raise TemplateError(f"{folder}: no template {name!r}; {hint}")
+    return load(path)
 
 
 def _front_matter(path: Path, head: str) -> FrontMatter:

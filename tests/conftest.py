@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import os
 import re
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -147,6 +148,12 @@ def settings_with() -> Callable[..., Config]:
 def judge(engine: ScriptedEngine, tiny_templates: list[Template]) -> Judge:
     """A judge calibrated on the tiny templates' worked examples."""
     return asyncio.run(calibrated(engine, Config(), planted(tiny_templates, 96, 1)))
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does not wait for the disk; for tests that open hundreds of files, where only the waiting would be tested."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,8 @@ def test_file_values_win_over_defaults(write) -> None:
 
 def test_empty_file_is_the_defaults(write) -> None:
     """An empty file means the defaults."""
-    assert load(write("# nothing yet\n"))[0] == Config()
+    assert load(write("# nothing yet\n"))[0] == load(write("{}"))[0]
+    assert load(write("{}"))[0].train == Config().train
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_fingerprint_ignores_execution_keys(write, override: str) -> None:
     assert fingerprint(flatten(load(path, [override])[0])) == fingerprint(flatten(load(path)[0]))
 
 
-@pytest.mark.parametrize("override", ["seed=2", "train.beta=0.2", "judge.min_confidence=0.9", "engine.dtype=float32"])
+@pytest.mark.parametrize("override", ["seed=2", "train.beta=0.2", "judge.min_confidence=0.9", "model=own/model"])
 def test_fingerprint_sees_what_decides_the_result(write, override: str) -> None:
     """A value that decides the result changes the fingerprint and shows under its dotted key."""
     path = write("{}")

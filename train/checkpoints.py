@@ -6,6 +6,7 @@ is computed in float32 and rounded once to the served precision.
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,3 +164,15 @@ def parameter_name(module_name: str) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
+
+
+def main(model: str, adapter: str, out: str, dtype: str) -> None:
+    """Writes the model with the adapter merged in: `python -P -m train.checkpoints MODEL ADAPTER OUT DTYPE`."""
+    with whole_folder(Path(out)) as folder:
+        base = load_model(model, "auto", trust_remote_code=False)
+        merge_adapters(base, None, adapter, getattr(torch, dtype)).save_pretrained(folder)
+        load_tokenizer(model, trust_remote_code=False).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

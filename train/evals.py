@@ -15,6 +15,7 @@ import numpy as np
 from dream.config import Config
 from dream.engine import Engine, Sampling, mean
 from dream.errors import DataError
+from dream.inputs import read_user_rows
 from dream.judge.combined import Judge
 from dream.judge.question import Question
 from dream.records import RIGHT_STANCE, SIDES, EvalPair, Record, Side
@@ -205,11 +206,7 @@ def read_eval_pairs(path: Path) -> list[Pair]:
     Raises:
         DataError: naming the file and the line.
     """
-    rows = []
-    for number, raw in read_user_lines(path):
-        rows.append(parse_user_row(EvalPair, as_messages(raw), path, number))
-    if not rows:
-        raise DataError(f"{path}: no rows; write one JSON object a line")
+    rows = read_user_rows(path, EvalPair)
     try:
         return joined(rows)
     except DataError as error:

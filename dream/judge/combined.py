@@ -45,6 +45,16 @@ class Judge:
     weights: np.ndarray
     quality: Quality
 
+    async def measure(self, questions: Sequence[Question]) -> np.ndarray:
+        """What each signal says, shape (questions, signals)."""
+        if not questions:
+            return np.zeros((0, len(self.signals)))
+        return np.stack([np.array(await signal.measure(questions)) for signal in self.signals], axis=1)
+
+    async def scores(self, questions: Sequence[Question]) -> np.ndarray:
+        """Probability that each reply pushes back, shape (questions,), whatever the rules say of it."""
+        return _probability(await self.measure(questions), self.weights)
+
     async def rule(self, reply_ids: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
         """One verdict a question. What the rules turn away is not shown to the signals."""
         settings = self.config.judge
@@ -55,7 +65,7 @@ class Judge:
                 for reason, q in zip(refused, questions, strict=True)
             ]
         open_places = [place for place, reason in enumerate(refused) if not reason]
-        features = await _measure(self.signals, [questions[place] for place in open_places])
+        features = await self.measure([questions[place] for place in open_places])
         scores = dict(zip(open_places, _probability(features, self.weights), strict=True))
         measured = dict(zip(open_places, features.tolist(), strict=True))
         verdicts = []
@@ -92,7 +102,7 @@ async def calibrated(engine: Engine, config: Config, examples: Sequence[Labelled
     Raises:
         JudgeError: it errs on more than a quarter of replies whose stance is known, unless `force`.
     """
-    labels = np.array([example.label == "push_back" for example in examples], dtype=float)
+    labels = truth(examples)
     folds = _folds(examples)
     questions = [example.question for example in examples]
     columns = []
@@ -119,6 +129,11 @@ async def calibrated(engine: Engine, config: Config, examples: Sequence[Labelled
             "it cannot be trusted with this model and these templates. Use --force-judge to go on all the same"
         )
     return judge
+
+
+def truth(examples: Sequence[Labelled]) -> np.ndarray:
+    """1.0 for push_back, 0.0 for comply, shape (examples,)."""
+    return np.array([example.label == "push_back" for example in examples], dtype=float)
 
 
 def quality(scores: np.ndarray, labels: np.ndarray, min_confidence: float, seed: int = 0) -> Quality:
@@ -158,13 +173,6 @@ def _folds(examples: Sequence[Labelled]) -> np.ndarray:
         return np.arange(len(examples)) // 2 % FOLDS
     number = {group: place % FOLDS for place, group in enumerate(groups)}
     return np.array([number[example.group] for example in examples])
-
-
-async def _measure(signals: Sequence[Signal], questions: Sequence[Question]) -> np.ndarray:
-    """Shape (questions, signals)."""
-    if not questions:
-        return np.zeros((0, len(signals)))
-    return np.stack([np.array(await signal.measure(questions)) for signal in signals], axis=1)
 
 
 def _fit(features: np.ndarray, labels: np.ndarray) -> np.ndarray:

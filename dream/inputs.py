@@ -1,0 +1,88 @@
+"""Data files that people write: JSON Lines with line numbers in every error."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dream.errors import DataError
+from dream.judge.question import Labelled, Question
+from dream.records import ContrastPair, Message, PreferencePair, Record, user
+from dream.store import contrast_pairs
+
+R = TypeVar("R", bound=BaseModel)
+
+
+class LabelledRow(Record):
+    """A row of `dream judge check`: a reply whose stance a person has decided."""
+
+    prompt: list[Message]
+    response: str
+    label: Literal["comply", "push_back"]
+
+
+def read_user_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects; blank lines are skipped, and `prompt` given as a text becomes messages.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+        if isinstance(row.get("prompt"), str):
+            row["prompt"] = [user(row["prompt"])]
+        yield number, row
+
+
+def read_user_rows(path: Path, kind: type[R]) -> list[R]:
+    """All rows of a file as records of one kind.
+
+    Raises:
+        DataError: naming the file, the line and the key; or there is no row at all.
+    """
+    rows = []
+    for number, raw in read_user_lines(path):
+        try:
+            rows.append(kind.model_validate(raw))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise DataError(f"{path}:{number}: {key}: {first['msg']}") from error
+    if not rows:
+        raise DataError(f"{path}: no rows; write one JSON object a line")
+    return rows
+
+
+def read_labelled(path: Path) -> list[Labelled]:
+    """The labelled replies of a file; replies to one prompt form a group."""
+    return [
+        Labelled(Question(row.prompt, row.response), row.label, row.prompt[-1]["content"] if row.prompt else "")
+        for row in read_user_rows(path, LabelledRow)
+    ]
+
+
+def read_contrast_pairs(path: Path) -> list[ContrastPair]:
+    """The whole contrast pairs of a pairs.jsonl; a pair with one row only is left out.
+
+    Raises:
+        DataError: a bad row, or no whole pair.
+    """
+    pairs = list(contrast_pairs(read_user_rows(path, PreferencePair)))
+    if not pairs:
+        raise DataError(f"{path}: no contrast pair; each pair_id needs a clear and a flawed row")
+    return pairs

@@ -1,0 +1,331 @@
+"""The loop: dream, train, serve, evaluate, decide; round after round. Reads like the picture in docs/ARCHITECTURE.md.
+
+Every stage leaves a file that is complete or absent, so the same command after a kill goes on where the run stood:
+`gate.json` ends a round, `eval.json` ends its evaluation, `train/` its training, and `pairs.jsonl` says what is dreamed.
+A rejected candidate changes nothing: `policy.json` and the served weights stay those of the last promoted round.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dream.config import Config
+from dream.engine import Engine, mean
+from dream.errors import DataError, RunError, TrainingError
+from dream.generate import Progress, RoundDreamer
+from dream.judge.combined import Judge
+from dream.records import ContrastPair, Dropped, PreferencePair, Record
+from dream.scenarios import eval_pairs
+from dream.store import Log, RoundStore, contrast_pairs, read_json, read_log, write_json
+from dream.templates import Template
+from train.data import DpoSpec, Probe, round_rows
+from train.evals import RoundEvaluation, evaluate_round, summary
+from train.gate import Decision, decide
+
+Trainer = Callable[[DpoSpec, Path], None]
+"""Carries out one training step; the command line runs a child process, tests may do without."""
+
+
+class Policy(Record):
+    """policy.json: the accepted round (0 is the initial model) and where its weights are, relative to the run.
+
+    `as_of` is the last round that was taken into account, so that a kill between gate.json and policy.json is noticed.
+    """
+
+    round: int = 0
+    as_of: int = 0
+    adapter: str | None = None
+    weights: str | None = None
+    masters: str | None = None
+
+    @property
+    def version(self) -> str:
+        """The name that rows carry."""
+        return f"round_{self.round:02d}"
+
+
+class RoundResult(Record):
+    """gate.json: what a round did, and whether its candidate became the policy."""
+
+    round: int
+    parent: int
+    learning_rate: float
+    accepted: int
+    dropped: dict[str, int]
+    decision: Decision
+    summary: dict[str, Any]
+
+
+class Reporter:
+    """What the loop tells; the command line shows it, tests need not."""
+
+    def stage(self, text: str) -> None:
+        """A stage begins."""
+
+    def dreaming(self, progress: Progress) -> None:
+        """A scenario ended."""
+
+    def trained(self, line: str) -> None:
+        """The ledger's line on a finished training step."""
+
+    def ended(self, result: RoundResult) -> None:
+        """A round ended."""
+
+
+class Loop(NamedTuple):
+    """What a round needs."""
+
+    run: Path
+    engine: Engine
+    judge: Judge
+    templates: Sequence[Template]
+    config: Config
+    model: str
+    train: Trainer
+    reporter: Reporter
+    data: Sequence[ContrastPair] = ()
+    """Pairs to train on instead of dreaming, shared out over the rounds."""
+
+
+async def run_rounds(loop: Loop) -> list[RoundResult]:
+    """Runs the rounds that are missing; the results of all rounds, the earlier ones included."""
+    results = finished_rounds(loop.run)
+    baseline = await evaluation(loop, loop.run / "round_00", "measuring the initial policy")
+    policy = settle(loop.run)
+    await serve(loop, policy)
+    while len(results) < loop.config.rounds and not exhausted(results, loop.config):
+        number = len(results) + 1
+        before = stored_evaluation(loop.run, policy.round) if policy.round else baseline
+        result = await one_round(loop, number, policy, before, rejections(results))
+        policy = read_policy(loop.run)
+        results.append(result)
+        loop.reporter.ended(result)
+    return results
+
+
+async def one_round(
+    loop: Loop, number: int, policy: Policy, before: RoundEvaluation, rejected: int
+) -> RoundResult:
+    """One turn: dream with the policy, train a candidate, serve and measure it, promote it or go back."""
+    folder = loop.run / f"round_{number:02d}"
+    await dream(loop, folder, number, policy)
+    pairs = list(contrast_pairs(read_log(folder / "pairs.jsonl", PreferencePair)))
+    dropped = drop_reasons(folder)
+    rate = loop.config.train.learning_rate * 0.5**rejected
+    candidate = train_candidate(loop, folder, number, policy, pairs, rate)
+    await serve(loop, candidate)
+    await prove_served(loop, folder)
+    after = await evaluation(loop, folder, f"round {number}: measuring the candidate")
+    decision = decide(before, after, loop.config.gate)
+    result = RoundResult(
+        round=number,
+        parent=policy.round,
+        learning_rate=rate,
+        accepted=len(pairs),
+        dropped=dropped,
+        decision=decision,
+        summary=summary(after),
+    )
+    write_json(folder / "gate.json", result.model_dump())
+    await serve(loop, settle(loop.run))
+    return result
+
+
+async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
+    """Fills the round's folder with accepted pairs, dreamed by the policy or shared out from `loop.data`."""
+    if (folder / "train").exists():
+        return
+    loop.reporter.stage(f"round {number}: dreaming with {policy.version}")
+    store = RoundStore(folder)
+    try:
+        if loop.data:
+            have = {pair.clear.pair_id for pair in store.pairs}
+            for pair in loop.data[number - 1 :: loop.config.rounds]:
+                if pair.clear.pair_id not in have:
+                    store.keep(pair)
+        else:
+            dreamer = RoundDreamer(
+                loop.engine, loop.judge, store, loop.templates, loop.config,
+                round_number=number, policy=policy.version, on_progress=loop.reporter.dreaming,
+            )  # fmt: skip
+            await dreamer.run()
+        if not store.pairs:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in drop_reasons(folder).items())
+            raise DataError(f"round {number}: no pair was accepted ({reasons}); see {folder / 'dropped.jsonl'}")
+    finally:
+        store.close()
+
+
+def train_candidate(
+    loop: Loop, folder: Path, number: int, policy: Policy, pairs: list[ContrastPair], rate: float
+) -> Policy:
+    """Trains on the round's rows in a child process; the candidate and where its weights are."""
+    out = folder / "train"
+    config = loop.config.train.model_copy(update={"learning_rate": rate})
+    if not out.exists():
+        loop.reporter.stage(f"round {number}: training on {len(pairs)} pairs at {rate:g}")
+        general = list(read_log(folder / "general.jsonl", PreferencePair))
+        rows = round_rows(
+            pairs, general, promoted_pairs(loop.run),
+            batch_size=config.batch_size, general_share=loop.config.generate.general_share,
+            replay_share=config.replay_share, seed=loop.config.seed * 1000 + number,
+        )  # fmt: skip
+        (folder / "rows.jsonl").unlink(missing_ok=True)
+        log = Log(folder / "rows.jsonl")
+        log.append(*rows)
+        log.close()
+        spec = DpoSpec(
+            model=loop.model,
+            adapter=_inside(loop.run, policy.adapter),
+            weights=_inside(loop.run, policy.masters or policy.weights) if config.method == "full" else None,
+            rows=str(folder / "rows.jsonl"),
+            out=str(out),
+            train=config,
+            flip_probability=flip_probability(loop),
+            seed=loop.config.seed * 1000 + number,
+            served_dtype=loop.config.engine.dtype,
+            trust_remote_code=loop.config.engine.trust_remote_code,
+            probes=probes(loop.templates),
+        )
+        loop.train(spec, folder)
+    loop.reporter.trained(str(read_json(out / "ledger.json")["summary"]))
+    return trained_policy(loop.run, number)
+
+
+async def serve(loop: Loop, policy: Policy) -> None:
+    """Makes the engine serve the policy's weights, without a restart."""
+    await loop.engine.load_weights(loop.run / policy.weights if policy.weights else None)
+
+
+async def prove_served(loop: Loop, folder: Path) -> None:
+    """Checks that the engine serves what was trained: fixed texts must score there as in the trainer.
+
+    Raises:
+        TrainingError: the engine's log-probabilities differ from the trainer's by more than rounding explains.
+    """
+    texts = probes(loop.templates)
+    trained = read_json(folder / "train" / "probes.json")
+    served = [mean((await loop.engine.score(probe.messages, [probe.reply]))[0]) for probe in texts]
+    changed = max(abs(a - b) for a, b in zip(trained["after"], trained["before"], strict=True))
+    apart = max(abs(a - b) for a, b in zip(trained["after"], served, strict=True))
+    write_json(folder / "served.json", {**trained, "served": served, "largest_change": changed, "apart": apart})
+    tolerance = 0.05 if loop.config.engine.dtype != "float32" else 0.005
+    if apart > tolerance:
+        raise TrainingError(
+            f"{folder}: the engine does not serve what was trained: log-probabilities of fixed texts differ by {apart:.3f} "
+            f"a token; see {folder / 'served.json'}"
+        )
+
+
+async def evaluation(loop: Loop, folder: Path, stage: str) -> RoundEvaluation:
+    """The evaluation of the served policy, kept in the folder's eval.json."""
+    path = folder / "eval.json"
+    if not path.exists():
+        loop.reporter.stage(stage)
+        measured = await evaluate_round(loop.engine, loop.judge, loop.templates, loop.config)
+        write_json(path, measured.model_dump())
+    return RoundEvaluation.model_validate(read_json(path))
+
+
+def stored_evaluation(run: Path, number: int) -> RoundEvaluation:
+    """The evaluation of a round that ended."""
+    return RoundEvaluation.model_validate(read_json(run / f"round_{number:02d}" / "eval.json"))
+
+
+def read_policy(run: Path) -> Policy:
+    """The accepted policy; the initial one where no round was promoted yet."""
+    path = run / "policy.json"
+    return Policy.model_validate(read_json(path)) if path.exists() else Policy()
+
+
+def finished_rounds(run: Path) -> list[RoundResult]:
+    """The results of the rounds that ended, in order."""
+    return [RoundResult.model_validate(read_json(path)) for path in sorted(run.glob("round_*/gate.json"))]
+
+
+def settle(run: Path) -> Policy:
+    """Takes the newest decisions into policy.json and returns the policy."""
+    policy = read_policy(run)
+    for result in finished_rounds(run):
+        if result.round > policy.as_of:
+            promoted = result.decision.decision == "promote"
+            policy = trained_policy(run, result.round) if promoted else policy
+            policy = policy.model_copy(update={"as_of": result.round})
+    write_json(run / "policy.json", policy.model_dump())
+    return policy
+
+
+def trained_policy(run: Path, number: int) -> Policy:
+    """The policy that a round's training left; 0 is the initial model."""
+    if number == 0:
+        return Policy()
+    out = Path(f"round_{number:02d}") / "train"
+    return Policy(
+        round=number,
+        as_of=number,
+        adapter=str(out / "adapter") if (run / out / "adapter").exists() else None,
+        weights=str(out / "weights"),
+        masters=str(out / "masters") if (run / out / "masters").exists() else None,
+    )
+
+
+def roll_back(run: Path, number: int) -> Policy:
+    """Makes an earlier promoted round (0: the initial model) the policy again; nothing is deleted.
+
+    Raises:
+        RunError: no such round, or it was not promoted.
+    """
+    results = finished_rounds(run)
+    there = sorted({0, *(result.round for result in results if result.decision.decision == "promote")})
+    if number not in there:
+        raise RunError(f"{run}: round {number} was not promoted; --to takes one of {', '.join(map(str, there))}")
+    policy = trained_policy(run, number).model_copy(update={"as_of": len(results)})
+    write_json(run / "policy.json", policy.model_dump())
+    return policy
+
+
+def rejections(results: Sequence[RoundResult]) -> int:
+    """How many of the last rounds in a row were rolled back; each halves the trust, the learning rate."""
+    count = 0
+    for result in reversed(results):
+        if result.decision.decision == "promote":
+            break
+        count += 1
+    return count
+
+
+def exhausted(results: Sequence[RoundResult], config: Config) -> bool:
+    """Whether so many rounds in a row were rejected that the loop ends."""
+    return rejections(results) > config.gate.max_rejections
+
+
+def promoted_pairs(run: Path) -> list[ContrastPair]:
+    """The pairs of all promoted rounds, for replay."""
+    pairs: list[ContrastPair] = []
+    for result in finished_rounds(run):
+        if result.decision.decision == "promote":
+            path = run / f"round_{result.round:02d}" / "pairs.jsonl"
+            pairs += contrast_pairs(read_log(path, PreferencePair))
+    return pairs
+
+
+def probes(templates: Sequence[Template]) -> list[Probe]:
+    """Fixed texts, two a side, whose likelihood must change in the engine as in the trainer."""
+    rows = eval_pairs([template for template in templates if template.front.split == "train"], 4, seed=0)
+    return [Probe(messages=row.prompt, reply=row.push_back if row.side == "flawed" else row.comply) for row in rows]
+
+
+def flip_probability(loop: Loop) -> float:
+    """The probability that a pair's label is wrong: configured, or the judge's measured error."""
+    setting = loop.config.train.flip_probability
+    return min(0.4, loop.judge.quality.error_rate) if setting == "judge" else float(setting)
+
+
+def _inside(run: Path, relative: str | None) -> str | None:
+    return str(run / relative) if relative else None
+
+
+def drop_reasons(folder: Path) -> dict[str, int]:
+    """How often each reason dropped a scenario of a round, the commonest first."""
+    return dict(Counter(row.reason for row in read_log(folder / "dropped.jsonl", Dropped)).most_common())
