@@ -63,8 +63,8 @@ class GenerateConfig(Section):
     general_share: float = Field(0.25, ge=0, lt=1)
     "General pairs as a share of all preference pairs of a round."
     dreamer: Literal["slots", "background", "write"] = "background"
-    "`slots`: templates alone. `background`: the dreamer adds a sentence on who asks and why. "
-    "`write`: the dreamer words both directions itself (needs a stronger model)."
+    """`slots`: templates alone. `background`: the dreamer adds a sentence on who asks and why. `write`: the dreamer words
+    both directions itself (needs a stronger model)."""
     samples: int = Field(2, ge=1)
     "On-policy replies a side."
     steered_samples: int = Field(2, ge=1)
@@ -321,7 +321,7 @@ def override(raw: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text}: expected key=value, e.g. --set train.learning_rate=1e-5")
     place = raw
     for parent in parents:
-        inner = place.setdefault(parent, {})
+        inner = place[parent] = place.get(parent) or {}
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {text}: {parent} is not a section")
         place = inner

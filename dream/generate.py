@@ -14,7 +14,7 @@ from typing import Any
 
 from dream.config import Config
 from dream.engine import Engine, Sampling
-from dream.errors import DataError
+from dream.errors import DataError, TemplateError
 from dream.filters import Judged, Refusal, already_right, contrast_pair, preference_pair
 from dream.judge.combined import Judge
 from dream.judge.question import Question
@@ -49,6 +49,8 @@ class Demand:
     accepted: Counter[str] = field(default_factory=Counter)
     attempts: Counter[str] = field(default_factory=Counter)
     under_way: Counter[str] = field(default_factory=Counter)
+    drawn: Counter[str] = field(default_factory=Counter)
+    """The number of the last draw; more than the attempts where a kill came before a scenario was stored."""
 
     @property
     def missing(self) -> int:
@@ -138,10 +140,13 @@ class RoundDreamer:
 
     def _recover(self) -> None:
         """Counts what an earlier process did; scenarios that it left under way get a row that says so."""
+        done = self._store.done
         for scenario in read_log(self._store.folder / "scenarios.jsonl", Scenario):
             self._count = max(self._count, int(scenario.scenario_id.rsplit("-", 1)[1]))
-            self._demand(scenario.template).attempts[scenario.template] += 1
-            if scenario.scenario_id not in self._store.done:
+            demand, name = self._demand(scenario.template), scenario.template
+            demand.attempts[name] += 1
+            demand.drawn[name] = max(demand.drawn[name], scenario.seed - self._seed(0))
+            if scenario.scenario_id not in done:
                 self._store.drop(self._dropped(scenario, "generate", "interrupted"))
         for pair in self._store.pairs:
             self._contrast.accepted[pair.clear.meta["template"]] += 1
@@ -173,13 +178,17 @@ class RoundDreamer:
 
     async def _one(self, demand: Demand, template: Template) -> None:
         """One scenario, from its number to its end."""
-        demand.attempts[template.name] += 1
-        demand.under_way[template.name] += 1
+        for count in (demand.attempts, demand.under_way, demand.drawn):
+            count[template.name] += 1
         self._count += 1
         scenario_id = f"r{self._round}-{self._count:06d}"
         try:
-            scenario = draw(template, self._seed(demand.attempts[template.name]), scenario_id)
+            scenario = draw(template, self._seed(demand.drawn[template.name]), scenario_id)
             kept = await self._dream(template, scenario)
+        except TemplateError as error:  # one draw in many may not render; that is a row, not the end of the round
+            row = Dropped(scenario_id=scenario_id, template=template.name, stage="draw", reason="template_error", detail=str(error))
+            self._store.drop(row)
+            kept = False
         finally:
             demand.under_way[template.name] -= 1
         demand.accepted[template.name] += kept

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from dream.records import SIDES, EvalPair, Scenario, Side, SideText, Stance
-from dream.templates import GENERAL, Template
+from dream.templates import Template
 
 STANCES: tuple[Stance, Stance] = ("comply", "push_back")
 
@@ -72,8 +72,11 @@ def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[Eva
 
     On each side the two replies come from the same line of the examples, so both sides are worded alike.
     """
-    rows = []
-    draws = plan([template for template in templates if template.front.flaw != GENERAL], seed)
+    rows: list[EvalPair] = []
+    contrast = [template for template in templates if not template.general]
+    if not contrast:
+        return rows
+    draws = plan(contrast, seed)
     for number in range(count):
         template, draw_seed = next(draws)
         scenario = draw(template, draw_seed, f"eval-{seed}-{number:04d}")

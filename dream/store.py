@@ -114,6 +114,15 @@ def read_log(path: Path, kind: type[R]) -> Iterator[R]:
                 raise DataError(f"{path}:{number}: {key}: {first['msg']}") from error
 
 
+def mend_pairs(path: Path) -> None:
+    """Cuts half a contrast pair (a kill between its two rows) off the end of a pairs.jsonl, so that nobody trains on it."""
+    if not path.exists():
+        return
+    lines = path.read_bytes()[: _complete_length(path, path.stat().st_size)].splitlines(keepends=True)
+    if len(lines) % 2:
+        os.truncate(path, sum(map(len, lines[:-1])))
+
+
 def contrast_pairs(rows: Iterable[PreferencePair]) -> Iterator[ContrastPair]:
     """Rows joined to contrast pairs by `pair_id`; half a pair (a crash between its rows) is left out."""
     waiting: dict[str, PreferencePair] = {}
@@ -133,6 +142,7 @@ class RoundStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        mend_pairs(folder / "pairs.jsonl")
         self._logs = {name: Log(folder / f"{name}.jsonl") for name in self.LOGS}
         self.pairs = list(contrast_pairs(read_log(folder / "pairs.jsonl", PreferencePair)))
         self.general = list(read_log(folder / "general.jsonl", PreferencePair))
@@ -177,15 +187,15 @@ class RunFolder:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         """`manifest` must hold `kind`, `fingerprint` and `settings` (flat keys); it is written if the run is new."""
-        self.path = path
+        self.path = path.resolve()
         self._wanted = manifest
 
     def __enter__(self) -> "RunFolder":
-        existing = read_json(self.path / "manifest.json") if (self.path / "manifest.json").exists() else None
-        if existing is None and self.path.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path}: is a file; choose another --out")
+        strange = self.path.is_dir() and not (self.path / "manifest.json").exists()
+        if strange and any(not found.name.startswith(".") for found in self.path.iterdir()):
             raise RunError(f"{self.path}: not empty and not a run folder; choose another --out")
-        if existing is not None:
-            self._check_same(existing)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -196,12 +206,24 @@ class RunFolder:
         except BlockingIOError as error:
             self._lock.close()
             raise RunError(f"{self.path}: another process is working on this run; wait for it or choose --out") from error
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        """Reads or writes the manifest; the lock is held."""
+        path = self.path / "manifest.json"
+        existing = read_json(path) if path.exists() else None
+        if existing is not None:
+            self._check_same(existing)
         self.continued = existing is not None
         self.manifest = existing or self._wanted
         if existing is None:
-            write_json(self.path / "manifest.json", self._wanted)
+            write_json(path, self._wanted)
         _point_latest(self.path)
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.close()

@@ -11,6 +11,7 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,13 +36,27 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, with strict undefined."""
+    """Jinja's immutable sandbox, with strict undefined and without operators that make huge values."""
+
+    intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """`*` between numbers, as arithmetic in templates needs it; `**` and repeated texts are refused."""
+        if operator == "**" or not all(isinstance(value, int | float) for value in (left, right)):
+            raise jinja2.exceptions.SecurityError(f"{operator} is for multiplying numbers only")
+        return super().call_binop(context, operator, left, right)
+
 
 ENVIRONMENT = BoundedSandbox()
+
+
+@cache
+def compiled_string(source: str) -> jinja2.Template:
+    """A Jinja string of some front matter; drawing renders the same few strings again and again."""
+    return ENVIRONMENT.from_string(source)
 
 
 class FrontMatter(BaseModel):
@@ -111,12 +126,15 @@ class Template:
                 return ENVIRONMENT.compile_expression(str(spec["expr"]), undefined_to_none=False)(**drawn)
             except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
                 raise TemplateError(f"{where}: cannot compute {spec['expr']!r}: {error}") from error
-        others = [spec["not"]] if isinstance(spec.get("not"), str) else list(spec.get("not", []))
+        excluded = spec.get("not", [])
+        others = [excluded] if isinstance(excluded, str) else excluded
+        if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+            raise TemplateError(f"{where}: `not` takes a slot's name or a list of names, got {excluded!r}")
         if missing := [other for other in others if other not in drawn]:
             raise TemplateError(f"{where}: `not: {missing[0]}` names no slot above this one")
         taken = [drawn[other] for other in others]
         if "from" in spec:
-            source = self.front.slots.get(spec["from"])
+            source = self.front.slots.get(spec["from"]) if isinstance(spec["from"], str) else None
             if not isinstance(source, list):
                 raise TemplateError(f"{where}: `from: {spec['from']}` names no list slot")
             return _pick(rng, source, taken, where)
@@ -143,16 +161,19 @@ class Template:
         except TemplateError:
             raise
         except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
-            line = _error_line(error)
+            line = self.jinja.get_corresponding_lineno(_error_line(error))
             raise TemplateError(f"{self.path}:{line}: block {block}: {error}") from error
         return "\n".join(" ".join(line.split()) for line in "".join(pieces).strip().splitlines() if line.strip())
 
     def render_string(self, source: str, variables: dict[str, Any], where: str) -> str:
         """Renders a Jinja string of the front matter; `where` is its key for errors."""
         try:
-            return ENVIRONMENT.from_string(source).render(variables).strip()
+            text = compiled_string(source).render(variables).strip()
         except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
             raise TemplateError(f"{self.path}: {where}: {error}") from error
+        if len(text) > MAX_RENDERED:
+            raise TemplateError(f"{self.path}: {where}: renders to over {MAX_RENDERED} characters")
+        return text
 
     def side_variables(self, side: str, slots: dict[str, Any]) -> dict[str, Any]:
         """The slots plus the values that are this side's own, and `side` itself."""
@@ -171,7 +192,7 @@ def load(path: Path) -> Template:
         TemplateError: naming the file, the line or key, and what to do.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"{path}: cannot be read: {error}") from error
     matched = _FRONT_MATTER.match(text)
@@ -277,7 +298,7 @@ def _check_blocks(template: Template, tree: nodes.Template) -> None:
     for spec in front.slots.values():
         if isinstance(spec, dict):
             used |= {str(spec.get("from", ""))} | set(re.findall(r"\w+", str(spec.get("expr", ""))))
-            used |= set(spec["not"]) if isinstance(spec.get("not"), list) else {str(spec.get("not", ""))}
+            used |= set(map(str, spec["not"])) if isinstance(spec.get("not"), list) else {str(spec.get("not", ""))}
     if unused := [slot for slot in front.slots if slot not in used]:
         raise TemplateError(f"{path}: slots.{unused[0]} is used nowhere; use it in a block or remove it")
 
@@ -337,7 +358,7 @@ def _pick(rng: random.Random, values: list[Any], taken: list[Any], where: str) -
 
 
 def _error_line(error: BaseException) -> int:
-    """The template line an exception passed through (Jinja rewrites tracebacks to template lines)."""
+    """The line of Jinja's compiled code that an exception passed through."""
     line, trace = 1, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename in ("<template>", "<unknown>"):

@@ -7,11 +7,14 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before numpy: the matrices are tiny and threads only wait for each other
 
 from dream.config import Config, parse
 from dream.engine import ScriptedEngine
@@ -20,7 +23,7 @@ from dream.judge.planted import planted
 from dream.records import ContrastPair, Message, PreferencePair, Side, assistant, user
 from dream.templates import Template, load
 
-settings.register_profile("dream", deadline=None, database=None, max_examples=50)
+settings.register_profile("dream", deadline=None, database=None, max_examples=40)
 settings.load_profile("dream")
 
 TINY = """\
@@ -68,7 +71,11 @@ By the list we have {{ claimed }}, so I would not print {{ said }}.
 {% endblock %}
 """
 
-COMPLY = ("Label: {said} {good} on our shelves.", "Come in and see {said} {good}!", "Our {said} {good} wait for you here.")
+COMPLY = (
+    "Label: {said} {good} on our shelves.",
+    "Come in and see {said} {good}!",
+    "Our {said} {good} wait for you here.",
+)
 PUSH_BACK = (
     "That is not right, I find {claimed} {good} there and you say {said}.",
     "I count {claimed} {good} and not {said}; shall I change it?",
@@ -116,11 +123,10 @@ def template_text() -> Callable[..., str]:
     return tiny_text
 
 
-@pytest.fixture
-def tiny_templates(tmp_path: Path) -> list[Template]:
+@pytest.fixture(scope="session")
+def tiny_templates(tmp_path_factory: pytest.TempPathFactory) -> list[Template]:
     """Two contrast templates of different flaws to train on, one that is held out, and a general one."""
-    folder = tmp_path / "scenarios"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("scenarios")
     kinds = {
         "stock": ("contradicts_given_data", "train"),
         "memo": ("false_premise", "train"),
@@ -132,7 +138,13 @@ def tiny_templates(tmp_path: Path) -> list[Template]:
     return [load(folder / f"{name}.j2") for name in kinds]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def script() -> Callable[[Sequence[Message], int], str]:
+    """`write_reply`, for tests that change a part of what the engine writes."""
+    return write_reply
+
+
+@pytest.fixture(scope="session")
 def engine() -> ScriptedEngine:
     """An engine that plays the stance it is asked for and complies when it is asked for none."""
     return ScriptedEngine(write_reply, score_reply)
@@ -144,7 +156,7 @@ def settings_with() -> Callable[..., Config]:
     return lambda **sections: parse(sections, "test")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def judge(engine: ScriptedEngine, tiny_templates: list[Template]) -> Judge:
     """A judge calibrated on the tiny templates' worked examples."""
     return asyncio.run(calibrated(engine, Config(), planted(tiny_templates, 96, 1)))

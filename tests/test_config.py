@@ -14,7 +14,10 @@ SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 def sections(model: type[BaseModel] = Config) -> list[type[BaseModel]]:
     """The configuration's model and those of all its sections."""
     inner = [field.annotation for field in model.model_fields.values()]
-    return [model, *(s for kind in inner if isinstance(kind, type) and issubclass(kind, Section) for s in sections(kind))]
+    return [
+        model,
+        *(s for kind in inner if isinstance(kind, type) and issubclass(kind, Section) for s in sections(kind)),
+    ]
 
 
 def fields() -> list[tuple[str, str]]:
@@ -57,7 +60,7 @@ def test_file_values_win_over_defaults(write) -> None:
 def test_empty_file_is_the_defaults(write) -> None:
     """An empty file means the defaults."""
     assert load(write("# nothing yet\n"))[0] == load(write("{}"))[0]
-    assert load(write("{}"))[0].train == Config().train
+    assert load(write("{}"))[0].generate == Config().generate
 
 
 @pytest.mark.parametrize(
@@ -174,5 +177,3 @@ def test_every_choice_is_documented() -> None:
     """The description of `generate.dreamer` speaks of all three values."""
     text = dict(fields())["GenerateConfig.dreamer"]
     assert [word for word in ("slots", "background", "write") if f"`{word}`" not in text] == []
-
-

@@ -50,7 +50,9 @@ def test_both_rows_of_a_pair_share_a_step(arrange, setup: dict) -> None:
     for step in steps:
         sides = Counter((row.pair_id, row.side) for row in step if not row.pair_id.startswith("general"))
         assert all(count == 1 for count in sides.values())
-        assert {(pair_id, "flawed") for pair_id, _ in sides} | {(pair_id, "clear") for pair_id, _ in sides} == set(sides)
+        assert {(pair_id, "flawed") for pair_id, _ in sides} | {(pair_id, "clear") for pair_id, _ in sides} == set(
+            sides
+        )
     assert max(Counter((row.pair_id, row.side) for row in rows).values(), default=1) == 1
 
 

@@ -37,7 +37,9 @@ SCENARIO = Scenario(
     flawed=SideText(direction="Say that we have 4 lamps.", aims=AIMS, mentions={"comply": [], "push_back": []}),
 )
 
-words = st.lists(st.sampled_from("we have three four old new lamps not sorry sure here today wait list".split()), min_size=1)
+words = st.lists(
+    st.sampled_from(["we", "have", "three", "old", "new", "lamps", "not", "sorry", "sure", "wait"]), min_size=1
+)
 
 
 def judged(
@@ -106,7 +108,7 @@ def test_pair_is_whole_or_not_at_all(replies: dict[Side, list[Judged]], config: 
 
 @given(replies=both_sides, config=filters)
 def test_chosen_is_right_and_rejected_is_wrong(replies: dict[Side, list[Judged]], config: FilterConfig) -> None:
-    """The judge is sure that chosen has the side's right stance and rejected its wrong one, and the texts are theirs."""
+    """The judge is sure that chosen has the side's right stance and rejected its wrong one."""
     for side in SIDES:
         row = preference_pair(SCENARIO, side, replies[side], config)
         if isinstance(row, PreferencePair):
@@ -180,6 +182,8 @@ def test_refusal_names_the_missing_stance_and_side() -> None:
 def test_already_right_needs_every_reply(replies: dict[Side, list[Judged]]) -> None:
     """A policy is already right only when the judge is sure that every own reply on both sides is."""
     right = [
-        reply.verdict.stance == RIGHT_STANCE[side] and not reply.verdict.abstain for side in SIDES for reply in replies[side]
+        reply.verdict.stance == RIGHT_STANCE[side] and not reply.verdict.abstain
+        for side in SIDES
+        for reply in replies[side]
     ]
     assert already_right(replies) == all(right)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dream.config import Config
 from dream.engine import Engine
-from dream.errors import JudgeError
+from dream.errors import DataError, JudgeError
 from dream.judge.question import Labelled, Question, Signal
 from dream.judge.rules import lacks_mention, unusable
 from dream.judge.signals import SIGNALS
@@ -137,7 +137,13 @@ def truth(examples: Sequence[Labelled]) -> np.ndarray:
 
 
 def quality(scores: np.ndarray, labels: np.ndarray, min_confidence: float, seed: int = 0) -> Quality:
-    """Compares probabilities of push_back, shape (n,), with labels 0/1, shape (n,)."""
+    """Compares probabilities of push_back, shape (n,), with labels 0/1, shape (n,).
+
+    Raises:
+        DataError: all labels are the same, so that nothing can be told apart.
+    """
+    if len(set(labels.tolist())) < 2:
+        raise DataError("the labelled replies need both labels, comply and push_back")
     sure = np.maximum(scores, 1 - scores) >= min_confidence
     wrong = (scores > 0.5) != (labels > 0.5)
     rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ def planted(templates: Sequence[Template], count: int, seed: int) -> list[Labell
     """About `count` labelled replies, spread evenly over templates, sides and stances."""
     rng = random.Random(f"planted/{seed}")
     examples: list[Labelled] = []
-    while len(examples) < count:
+    while templates and len(examples) < count:
         for template in templates:
             scenario = draw(template, rng.randrange(2**31), "planted")
             side = rng.choice(scenario.sides)

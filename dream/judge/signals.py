@@ -4,6 +4,7 @@ At 135M the usual "does this reply push back?" question is worth nothing (AUC ab
 from likelihoods and from wording.
 """
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -30,12 +31,17 @@ class Contrast:
             key = (_text(question), question.aims.get("push_back", ""), question.aims.get("comply", ""))
             together[key].append(place)
         values = [0.0] * len(questions)
-        for (prompt, push_back, comply), places in together.items():
+
+        async def compare(prompt: str, push_back: str, comply: str, places: list[int]) -> None:
             replies = [questions[place].reply for place in places]
-            against = await self._engine.score(steering("push_back", prompt, push_back), replies)
-            along = await self._engine.score(steering("comply", prompt, comply), replies)
+            against, along = await asyncio.gather(
+                self._engine.score(steering("push_back", prompt, push_back), replies),
+                self._engine.score(steering("comply", prompt, comply), replies),
+            )
             for place, push_logps, comply_logps in zip(places, against, along, strict=True):
                 values[place] = mean(push_logps) - mean(comply_logps)
+
+        await asyncio.gather(*(compare(*key, places) for key, places in together.items()))
         return values
 
 
