@@ -67,16 +67,21 @@ class GenerateConfig(Section):
     both directions itself (needs a stronger model)."""
     samples: int = Field(2, ge=1)
     "On-policy replies a side."
-    steered_samples: int = Field(2, ge=1)
-    "Steered replies for a stance that on-policy sampling did not give."
+    steered_samples: int = Field(3, ge=1)
+    "Attempts to get a stance that on-policy sampling did not give, each with another wording of the examples."
+    steering: Literal["prompt", "note"] = "prompt"
+    """What a steered reply is written from. `prompt`: the scenario's prompt with a note of what to reply. `note`: the note
+    alone; a 135M model that also reads the prompt loses its thread (docs/LOG.md)."""
     worked_examples: int = Field(2, ge=0)
     "Examples from other draws of the template in a steering prompt, all worded alike."
     max_tokens: int = Field(64, ge=8)
     "Longest reply; a reply that is cut off is not used."
-    temperature: float = Field(0.8, ge=0)
+    temperature: float = Field(0.7, ge=0)
     "Sampling temperature of replies."
     top_p: float = Field(1.0, gt=0, le=1)
     "Nucleus sampling of replies; below 1 the vocabulary is sorted at every token, which halves the speed on a CPU."
+    min_p: float = Field(0.05, ge=0, lt=1)
+    "Tokens less likely than this share of the likeliest one are never sampled."
     concurrency: int = Field(48, ge=1)
     "Scenarios under way at once."
     max_scenarios_per_pair: int = Field(12, ge=1)

@@ -22,6 +22,8 @@ class Sampling:
     max_tokens: int = 64
     temperature: float = 0.8
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are left out; unlike `top_p` it needs no sorting."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dream.config import Config
-from dream.engine import Engine, Sampling
+from dream.engine import Engine
 from dream.errors import DataError, TemplateError
 from dream.filters import Judged, Refusal, already_right, contrast_pair, preference_pair
 from dream.judge.combined import Judge
@@ -226,8 +226,7 @@ class RoundDreamer:
         }
         if not template.general and already_right(free):
             return self._drop(scenario, "selfplay", "already_right")
-        sides = await asyncio.gather(*(self._complete(template, scenario, side, free[side]) for side in scenario.sides))
-        replies = dict(zip(scenario.sides, sides, strict=True))
+        replies = {side: await self._complete(template, scenario, side, free[side]) for side in scenario.sides}
         if template.general:
             row = preference_pair(scenario, "clear", replies["clear"], self._config.filters)
             return self._keep_general(scenario, row)
@@ -244,25 +243,17 @@ class RoundDreamer:
         generate = self._config.generate
         judged = list(free)
         for stance in (RIGHT_STANCE[side], WRONG_STANCE[side]):
-            if any(reply.is_stance(stance) for reply in free):
-                continue
-            replies = await steered(
-                self._engine,
-                template,
-                scenario,
-                side,
-                stance,
-                Sampling(generate.steered_samples, generate.max_tokens, generate.temperature, generate.top_p),
-                generate.worked_examples,
-                self._policy,
-            )
-            judged += await self._judged(scenario, self._stored(replies))
+            for attempt in range(generate.steered_samples):
+                if any(reply.is_stance(stance) for reply in judged):
+                    break
+                reply = await steered(
+                    self._engine, template, scenario, side, stance, generate, self._policy, attempt
+                )
+                judged += await self._judged(scenario, self._stored(reply))
         return judged
 
     async def _on_policy(self, scenario: Scenario, side: Side) -> list[Reply]:
-        generate = self._config.generate
-        sampling = Sampling(generate.samples, generate.max_tokens, generate.temperature, generate.top_p)
-        return self._stored(await on_policy(self._engine, scenario, side, sampling, self._policy))
+        return self._stored(await on_policy(self._engine, scenario, side, self._config.generate, self._policy))
 
     def _stored(self, replies: list[Reply]) -> list[Reply]:
         self._store.add("replies", *replies)

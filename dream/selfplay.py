@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from dream import prompts
+from dream.config import GenerateConfig
 from dream.engine import Completion, Engine, Sampling
 from dream.records import Message, Reply, Scenario, Side, Source, Stance, assistant, user
 from dream.scenarios import draw, example_replies
@@ -22,7 +23,7 @@ def steering(stance: Stance, prompt: str, aim: str, examples: Sequence[tuple[str
 
     Args:
         stance: `comply` or `push_back`.
-        prompt: the scenario's plain prompt.
+        prompt: the scenario's plain prompt, or nothing where the note alone is to steer.
         aim: what the reply should do; empty for the stance's general wording.
         examples: worked examples as (prompt, aim, reply).
     """
@@ -51,21 +52,29 @@ def worked_examples(template: Template, stance: Stance, wording: int, count: int
     return found
 
 
-async def on_policy(engine: Engine, scenario: Scenario, side: Side, sampling: Sampling, policy: str) -> list[Reply]:
+async def on_policy(engine: Engine, scenario: Scenario, side: Side, config: GenerateConfig, policy: str) -> list[Reply]:
     """What the policy really says to the plain prompt."""
+    sampling = Sampling(config.samples, config.max_tokens, config.temperature, config.top_p, config.min_p)
     completions = await engine.generate(scenario.prompt(side), sampling)
     return _replies(completions, scenario, side, "on_policy", None, policy)
 
 
 async def steered(
-    engine: Engine, template: Template, scenario: Scenario, side: Side, stance: Stance, sampling: Sampling, examples: int, policy: str
+    engine: Engine, template: Template, scenario: Scenario, side: Side, stance: Stance, config: GenerateConfig, policy: str, attempt: int
 ) -> list[Reply]:
-    """What the policy says when it is asked for one stance. A reply that repeats an example is left out."""
-    shown = worked_examples(template, stance, scenario.seed, examples)
-    messages = steering(stance, scenario.prompt(side)[0]["content"], scenario.side(side).aims[stance], shown)
-    own_words = {_plain(reply) for _, _, reply in shown}
+    """One reply of the policy that is asked for one stance; nothing when it repeats an example.
+
+    Each attempt follows the wording of another line of the template's examples.
+    """
+    examples = worked_examples(template, stance, scenario.seed + attempt, config.worked_examples)
+    prompt = scenario.prompt(side)[0]["content"]
+    own_words = {_plain(reply) for _, _, reply in examples}
+    if config.steering == "note":
+        examples, prompt = [("", aim, reply) for _, aim, reply in examples], ""
+    messages = steering(stance, prompt, scenario.side(side).aims[stance], examples)
+    sampling = Sampling(1, config.max_tokens, config.temperature, config.top_p, config.min_p)
     completions = [c for c in await engine.generate(messages, sampling) if _plain(c.text) not in own_words]
-    return _replies(completions, scenario, side, "steered", stance, policy)
+    return _replies(completions, scenario, side, "steered", stance, policy, attempt)
 
 
 async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 40) -> Scenario:
@@ -80,7 +89,7 @@ async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 
         messages += [user(prompts.render("dreamer/background", domain=domain)), assistant(sentence)]
     known = {_plain(message["content"]) for message in messages}
     messages.append(user(prompts.render("dreamer/background", domain=scenario.domain)))
-    sampling = Sampling(n=1, max_tokens=max_tokens, temperature=1.0)
+    sampling = Sampling(n=1, max_tokens=max_tokens, temperature=0.7, min_p=0.05)
     sentence = (await engine.generate(messages, sampling))[0].text.strip()
     words = set(re.findall(r"\w+", sentence.lower()))
     slots = {word for value in scenario.slots.values() for word in re.findall(r"\w{3,}", str(value).lower())}
@@ -126,7 +135,13 @@ async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> 
 
 
 def _replies(
-    completions: Sequence[Completion], scenario: Scenario, side: Side, source: Source, asked: Stance | None, policy: str
+    completions: Sequence[Completion],
+    scenario: Scenario,
+    side: Side,
+    source: Source,
+    asked: Stance | None,
+    policy: str,
+    first: int = 0,
 ) -> list[Reply]:
     label = asked or "free"
     return [
@@ -141,7 +156,7 @@ def _replies(
             finish_reason=completion.finish_reason,
             policy=policy,
         )
-        for number, completion in enumerate(completions)
+        for number, completion in enumerate(completions, first)
     ]
 
 

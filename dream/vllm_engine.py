@@ -101,6 +101,7 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            min_p=sampling.min_p,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output = await self._run(self._chat_ids(messages), parameters)

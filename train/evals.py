@@ -122,7 +122,7 @@ async def sampled_stances(
 ) -> tuple[dict[Side, list[str]], list[int]]:
     """The judged stance (or `abstain`) of one sampled reply a side and pair, and the replies' lengths in tokens."""
     generate = config.generate
-    sampling = Sampling(1, generate.max_tokens, generate.temperature, generate.top_p)
+    sampling = Sampling(1, generate.max_tokens, generate.temperature, generate.top_p, generate.min_p)
     rows = [(side, row) for pair in pairs for side, row in zip(SIDES, pair, strict=True)]
     answers = await asyncio.gather(*(engine.generate(row.prompt, sampling) for _, row in rows))
     replies = [completions[0] for completions in answers]
