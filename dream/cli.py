@@ -27,10 +27,14 @@ app.add_typer(runs_app, name="runs")
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="YAML file; default: configs/gpu.yaml with a CUDA device, else configs/cpu.yaml."),
+    typer.Option(
+        "--config", "-c", help="YAML file; default: configs/gpu.yaml with a CUDA device, else configs/cpu.yaml."
+    ),
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key, e.g. train.learning_rate=1e-5.")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; continued when it exists. Default: new under runs/.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Run folder; continued when it exists. Default: new under runs/.")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 ForceOption = Annotated[bool, typer.Option("--force-judge", help="Go on although the judge errs too often.")]
 
@@ -83,7 +87,8 @@ def generate(
       dream generate --pairs 100 --out runs/mine --set generate.temperature=1.0
     """
     from dream import tasks
-    from dream.terminal import Terminal, generate_table, out as stdout
+    from dream.terminal import Terminal, generate_table
+    from dream.terminal import out as stdout
 
     _at_least_one("--pairs", pairs)
     resolved, source = _load(config, overrides, {"generate.pairs": pairs, "seed": seed})
@@ -105,7 +110,9 @@ def train(
     config: ConfigOption = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds in all, the finished ones included.")] = None,
     out: OutOption = None,
-    data: Annotated[list[Path] | None, typer.Option("--data", help="Train on these pairs.jsonl instead of dreaming.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Train on these pairs.jsonl instead of dreaming.")
+    ] = None,
     overrides: SetOption = None,
     json_file: JsonOption = None,
     force_judge: ForceOption = False,
@@ -119,7 +126,8 @@ def train(
       dream train --rounds 1 --data runs/latest/round_01/pairs.jsonl
     """
     from dream import tasks
-    from dream.terminal import Terminal, out as stdout
+    from dream.terminal import Terminal
+    from dream.terminal import out as stdout
 
     _at_least_one("--rounds", rounds)
     resolved, source = _load(config, overrides, {"rounds": rounds})
@@ -136,7 +144,9 @@ def evaluate(
     run: Annotated[Path | None, typer.Option("--run", help="Evaluate the accepted policy of this run.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Evaluate this model instead.")] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="With --model: a LoRA adapter on top.")] = None,
-    pairs: Annotated[Path | None, typer.Option("--pairs", help="Evaluation pairs; default: held-out scenarios.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="Evaluation pairs; default: held-out scenarios.")
+    ] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     json_file: JsonOption = None,
@@ -300,7 +310,8 @@ def runs_list(
 
     rows = list_runs(folder)
     for row in rows:
-        print(f"{row['run']}  {row['kind']}  {row['model']}  {row['rounds']} rounds, {row['pairs']} pairs, policy {row['policy']}")
+        counts = f"{row['rounds']} rounds, {row['pairs']} pairs, policy {row['policy']}"
+        print(f"{row['run']}  {row['kind']}  {row['model']}  {counts}")
     _write(json_file, rows)
 
 

@@ -3,6 +3,7 @@
 The string under each field is its documentation. The resolved result is written into every run's manifest.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -63,15 +64,15 @@ class GenerateConfig(Section):
     general_share: float = Field(0.25, ge=0, lt=1)
     "General pairs as a share of all preference pairs of a round."
     dreamer: Literal["slots", "background", "write"] = "background"
-    """`slots`: templates alone. `background`: the dreamer adds a sentence on who asks and why. `write`: the dreamer words
-    both directions itself (needs a stronger model)."""
+    """`slots`: templates alone. `background`: the dreamer adds a sentence on who asks and why. `write`: the dreamer
+    words both directions itself (needs a stronger model)."""
     samples: int = Field(2, ge=1)
     "On-policy replies a side."
     steered_samples: int = Field(3, ge=1)
     "Attempts to get a stance that on-policy sampling did not give, each with another wording of the examples."
     steering: Literal["prompt", "note"] = "prompt"
-    """What a steered reply is written from. `prompt`: the scenario's prompt with a note of what to reply. `note`: the note
-    alone; a 135M model that also reads the prompt loses its thread (docs/LOG.md)."""
+    """What a steered reply is written from. `prompt`: the scenario's prompt with a note of what to reply. `note`: the
+    note alone; a 135M model that also reads the prompt loses its thread (docs/LOG.md)."""
     worked_examples: int = Field(2, ge=0)
     "Examples from other draws of the template in a steering prompt, all worded alike."
     max_tokens: int = Field(64, ge=8)
@@ -165,6 +166,11 @@ class TrainConfig(Section):
     bf16: bool | Literal["auto"] = "auto"
     "Matrix products in bfloat16 (masters stay float32). `auto`: where this machine is fast at it."
 
+    @property
+    def mixed_precision(self) -> bool:
+        """Whether matrix products run in bfloat16 (`auto` counts only once it is resolved)."""
+        return self.bf16 is True
+
 
 class EvalConfig(Section):
     """What a round is measured on; the same scenarios in every round of a run, so that rounds are compared in pairs."""
@@ -235,7 +241,11 @@ def load(path: Path | None, overrides: list[str] | None = None) -> tuple[Config,
         ConfigError: naming the file and key, and the nearest known key where one is unknown.
     """
     path = path or default_path()
-    if not path.is_file() and (inside := data_folder("configs") / path.name).is_file() and path.parent.name == "configs":
+    if (
+        not path.is_file()
+        and (inside := data_folder("configs") / path.name).is_file()
+        and path.parent.name == "configs"
+    ):
         path = inside  # outside a checkout `configs/cpu.yaml` means the one that travels with the package
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -335,8 +345,6 @@ def override(raw: dict[str, Any], text: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not YAML: {' '.join(str(error).split())}") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     place[last] = value

@@ -36,7 +36,9 @@ def examine(config: Config, config_file: Path) -> list[Finding]:
     precision = "fast" if bfloat16_is_fast() else "slow, so float32 is used"
     return [
         Finding("packages", not missing, packages),
-        Finding("cores and memory", True, f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; bfloat16 is {precision}"),
+        Finding(
+            "cores and memory", True, f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; bfloat16 is {precision}"
+        ),
         Finding("GPU", not wants_gpu or config.ray.address is not None, _gpu(config)),
         Finding("configuration", True, f"{config_file}: {config.model}, {config.train.method}, {config.engine.dtype}"),
         _model(config),
@@ -56,7 +58,9 @@ def _model(config: Config) -> Finding:
     if config.model in models.BUNDLED:
         package = models.BUNDLED[config.model]
         there = importlib.util.find_spec(package) is not None
-        text = f"{config.model}, unpacked to {model_cache()}" if there else f"{config.model} needs the package {package}"
+        text = (
+            f"{config.model}, unpacked to {model_cache()}" if there else f"{config.model} needs the package {package}"
+        )
         return Finding("model", there, text)
     try:
         return Finding("model", True, models.resolve(config.model))

@@ -114,8 +114,8 @@ def length_ratio(one: Judged, other: Judged) -> float:
 
 def similarity(one: Judged, other: Judged) -> float:
     """0 for no words in common, 1 for the same words in the same order (difflib's ratio)."""
-    texts = (re.findall(r"\w+", judged.reply.text.lower()) for judged in (one, other))
-    return difflib.SequenceMatcher(None, *texts, autojunk=False).ratio()
+    first, second = (re.findall(r"\w+", judged.reply.text.lower()) for judged in (one, other))
+    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
 def _preference(pair: tuple[Judged, Judged]) -> float:

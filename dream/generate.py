@@ -186,7 +186,13 @@ class RoundDreamer:
             scenario = draw(template, self._seed(demand.drawn[template.name]), scenario_id)
             kept = await self._dream(template, scenario)
         except TemplateError as error:  # one draw in many may not render; that is a row, not the end of the round
-            row = Dropped(scenario_id=scenario_id, template=template.name, stage="draw", reason="template_error", detail=str(error))
+            row = Dropped(
+                scenario_id=scenario_id,
+                template=template.name,
+                stage="draw",
+                reason="template_error",
+                detail=str(error),
+            )
             self._store.drop(row)
             kept = False
         finally:
@@ -246,9 +252,7 @@ class RoundDreamer:
             for attempt in range(generate.steered_samples):
                 if any(reply.is_stance(stance) for reply in judged):
                     break
-                reply = await steered(
-                    self._engine, template, scenario, side, stance, generate, self._policy, attempt
-                )
+                reply = await steered(self._engine, template, scenario, side, stance, generate, self._policy, attempt)
                 judged += await self._judged(scenario, self._stored(reply))
         return judged
 

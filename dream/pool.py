@@ -102,10 +102,12 @@ class EnginePool:
             ray.kill(replica.actor)
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
-        return await self._call("generate", messages, sampling)
+        completions: list[Completion] = await self._call("generate", messages, sampling)
+        return completions
 
     async def score(self, messages: Sequence[Message], replies: Sequence[str]) -> list[list[float]]:
-        return await self._call("score", messages, replies)
+        scores: list[list[float]] = await self._call("score", messages, replies)
+        return scores
 
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights into every engine; one that is started again later gets them too."""
@@ -129,7 +131,9 @@ class EnginePool:
             await replica.actor.start.remote(self._weights)
         except RayTaskError as error:
             cause = error.cause
-            raise cause if isinstance(cause, DreamError) else EngineError(f"the engine did not start: {cause}") from error
+            raise (
+                cause if isinstance(cause, DreamError) else EngineError(f"the engine did not start: {cause}")
+            ) from error
         except RayActorError as error:
             raise EngineError(f"the engine's process ended while it started: {error}") from error
 

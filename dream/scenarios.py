@@ -1,4 +1,4 @@
-"""What templates draw: scenarios, worked examples and evaluation pairs. Everything here is seeded and needs no model."""
+"""What templates draw: scenarios, worked examples and evaluation pairs. All of it is seeded and needs no model."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,8 @@ STANCES: tuple[Stance, Stance] = ("comply", "push_back")
 def draw(template: Template, seed: int, scenario_id: str) -> Scenario:
     """The scenario that a template draws with this seed. A general template has no flawed side."""
     slots = template.variables(seed)
-    sides = {side: _side(template, side, slots) for side in (("clear",) if template.general else SIDES)}
+    wanted: tuple[Side, ...] = ("clear",) if template.general else SIDES
+    sides = {side: _side(template, side, slots) for side in wanted}
     rng = random.Random(f"domain/{template.name}/{seed}")
     return Scenario(
         scenario_id=scenario_id,
@@ -34,13 +35,7 @@ def _side(template: Template, side: Side, slots: dict[str, object]) -> SideText:
     return SideText(
         direction=template.render(side, variables),
         aims={stance: template.render(stance, variables) for stance in STANCES},
-        mentions={
-            stance: [
-                template.render_string(text, variables, f"mentions.{stance}")
-                for text in template.front.mentions.get(stance, [])  # type: ignore[call-overload]
-            ]
-            for stance in STANCES
-        },
+        mentions={stance: template.mentions(stance, variables) for stance in STANCES},
     )
 
 

@@ -60,7 +60,14 @@ async def on_policy(engine: Engine, scenario: Scenario, side: Side, config: Gene
 
 
 async def steered(
-    engine: Engine, template: Template, scenario: Scenario, side: Side, stance: Stance, config: GenerateConfig, policy: str, attempt: int
+    engine: Engine,
+    template: Template,
+    scenario: Scenario,
+    side: Side,
+    stance: Stance,
+    config: GenerateConfig,
+    policy: str,
+    attempt: int,
 ) -> list[Reply]:
     """One reply of the policy that is asked for one stance; nothing when it repeats an example.
 

@@ -115,7 +115,7 @@ def read_log(path: Path, kind: type[R]) -> Iterator[R]:
 
 
 def mend_pairs(path: Path) -> None:
-    """Cuts half a contrast pair (a kill between its two rows) off the end of a pairs.jsonl, so that nobody trains on it."""
+    """Cuts half a contrast pair (a kill between its rows) off the end of a pairs.jsonl, so that nobody trains on it."""
     if not path.exists():
         return
     lines = path.read_bytes()[: _complete_length(path, path.stat().st_size)].splitlines(keepends=True)
@@ -205,7 +205,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
-            raise RunError(f"{self.path}: another process is working on this run; wait for it or choose --out") from error
+            raise RunError(
+                f"{self.path}: another process is working on this run; wait for it or choose --out"
+            ) from error
         try:
             self._open()
         except BaseException:
@@ -225,7 +227,9 @@ class RunFolder:
             write_json(path, self._wanted)
         _point_latest(self.path)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.close()
 
     def _check_same(self, existing: dict[str, Any]) -> None:
@@ -282,4 +286,6 @@ def _complete_length(path: Path, size: int) -> int:
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"{path}: {error.strerror or error}; make room or fix permissions, then run the same command again")
+    return StorageError(
+        f"{path}: {error.strerror or error}; make room or fix permissions, then run the same command again"
+    )

@@ -24,7 +24,6 @@ from dream.templates import Template
 from dream.terminal import Terminal, rounds_table
 
 if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` does without
-    from dream.generate import RoundDreamer
     from dream.judge.combined import Judge, Quality
     from train.data import DpoSpec
     from train.evals import Evaluation
@@ -220,9 +219,7 @@ def evaluate(
     return asyncio.run(work())
 
 
-def check_judge(
-    config: Config, file: Path, terminal: Terminal, open_engine: OpenEngine = real_engine
-) -> "Quality":
+def check_judge(config: Config, file: Path, terminal: Terminal, open_engine: OpenEngine = real_engine) -> "Quality":
     """How good the judge is on a file of labelled replies."""
     from dream.inputs import read_labelled
     from dream.judge.combined import quality, truth
@@ -244,7 +241,12 @@ def check_judge(
 
 
 def preview(
-    template: Template, count: int, config: Config, write: bool, terminal: Terminal, open_engine: OpenEngine = real_engine
+    template: Template,
+    count: int,
+    config: Config,
+    write: bool,
+    terminal: Terminal,
+    open_engine: OpenEngine = real_engine,
 ) -> list[Scenario]:
     """`count` scenarios drawn from a template; with `write`, as the dreamer words them."""
     from dream.scenarios import draw
@@ -272,7 +274,9 @@ def policy_of(run: Path, overrides: list[str]) -> tuple[Config, Path | None]:
     for override in overrides:
         configs.override(raw, override)
     policy = read_policy(run)
-    return configs.resolved(configs.parse(raw, f"{run}/manifest.json")), run / policy.weights if policy.weights else None
+    return configs.resolved(
+        configs.parse(raw, f"{run}/manifest.json")
+    ), run / policy.weights if policy.weights else None
 
 
 def opened(run: Path) -> dict[str, Any]:
@@ -300,7 +304,9 @@ def merged(config: Config, adapter: Path | None, terminal: Terminal) -> Iterator
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "weights"
         command = [models.resolve(config.model), str(adapter), str(folder), config.engine.dtype]
-        run = subprocess.run([sys.executable, "-P", "-m", "train.checkpoints", *command], capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-P", "-m", "train.checkpoints", *command], capture_output=True, text=True
+        )
         if run.returncode:
             raise DreamError(f"--adapter {adapter}: could not be merged: {run.stderr.strip().splitlines()[-1]}")
         yield folder
@@ -332,7 +338,8 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
 def show_run(run: Path) -> dict[str, Any]:
     """Prints a run's table of rounds, and returns what it shows."""
-    from train.rounds import drop_reasons, finished_rounds, read_policy, stored_evaluation, summary
+    from train.evals import summary
+    from train.rounds import drop_reasons, finished_rounds, read_policy, stored_evaluation
 
     opened(run)
     results = finished_rounds(run)

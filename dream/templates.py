@@ -175,6 +175,11 @@ class Template:
             raise TemplateError(f"{self.path}: {where}: renders to over {MAX_RENDERED} characters")
         return text
 
+    def mentions(self, stance: str, variables: dict[str, Any]) -> list[str]:
+        """What a reply of this stance must speak of, rendered."""
+        texts = [text for key, wanted in self.front.mentions.items() if key == stance for text in wanted]
+        return [self.render_string(text, variables, f"mentions.{stance}") for text in texts]
+
     def side_variables(self, side: str, slots: dict[str, Any]) -> dict[str, Any]:
         """The slots plus the values that are this side's own, and `side` itself."""
         own = self.front.sides.get(side, {})  # type: ignore[call-overload]  # mypy cannot narrow str to the literal
@@ -321,10 +326,7 @@ def _check_renders(template: Template) -> None:
                     raise TemplateError(
                         f"{path}: block {stance}_examples has {len(examples)} lines; write at least {MIN_EXAMPLES}"
                     )
-                mentions = [
-                    template.render_string(text, variables, f"mentions.{stance}")
-                    for text in template.front.mentions.get(stance, [])  # type: ignore[call-overload]
-                ]
+                mentions = template.mentions(stance, variables)
                 for example in examples:
                     if lost := [words for words in mentions if not mentioned(words, example)]:
                         raise TemplateError(

@@ -39,7 +39,9 @@ class Terminal:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def line(self, text: str) -> None:
@@ -55,8 +57,8 @@ class Terminal:
     def judge(self, quality: "Quality") -> None:
         """How good the judge is."""
         self.line(
-            f"judge: AUC {quality.auc:.2f} [{quality.auc_ci[0]:.2f}, {quality.auc_ci[1]:.2f}], error {quality.error_rate:.0%}, "
-            f"unsure on {quality.abstained} of {quality.n} known replies"
+            f"judge: AUC {quality.auc:.2f} [{quality.auc_ci[0]:.2f}, {quality.auc_ci[1]:.2f}], "
+            f"error {quality.error_rate:.0%}, unsure on {quality.abstained} of {quality.n} known replies"
         )
 
     def dreaming(self, progress: "DreamProgress") -> None:
@@ -109,7 +111,16 @@ def generate_table(summary: dict[str, Any]) -> None:
 def rounds_table(baseline: dict[str, Any] | None, results: "Sequence[RoundResult]", title: str) -> None:
     """The table of rounds that `dream train` and `dream runs show` end with."""
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for name in ("round", "pairs", "pair accuracy [95 %]", "margin", "comply|clear", "push back|flawed", "retention", "result"):
+    for name in (
+        "round",
+        "pairs",
+        "pair accuracy [95 %]",
+        "margin",
+        "comply|clear",
+        "push back|flawed",
+        "retention",
+        "result",
+    ):
         table.add_column(name, justify="left" if name in ("round", "result") else "right")
     if baseline is not None:
         table.add_row("0", "", *_figures(baseline), "the model as it came")

@@ -192,14 +192,17 @@ def test_finished_round_stays_as_it_is(dream, config) -> None:
 def test_steering_never_reaches_the_pairs(dream, config, script) -> None:
     """No pair shows a note, an aim or the steering system prompt, although some replies quote them."""
 
+    asked: Counter[str] = Counter()
+
     def leaky(messages: Sequence[Message], number: int) -> str:
         text = messages[-1]["content"]
+        asked[text] += 1
         note = re.search(r"\(([^()]*)\)$", text)
         leaks = [
             f"As the note says: {script(messages, number)}",
             f"{note[1] if note else ''} {script(messages, number)}",
         ]
-        return leaks[number] if note and number < 2 else script(messages, number)
+        return leaks[asked[text] - 1] if note and asked[text] <= 2 else script(messages, number)
 
     found = dream(config(pairs=3, steered_samples=5), ScriptedEngine(leaky))
     assert "steering_leak" in {verdict.reason for verdict in found.verdicts.values()}

@@ -46,7 +46,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         temporary.rename(out)
         _sync(out.parent)
     except OSError as error:
-        raise StorageError(f"{out}: {error.strerror or error}; make room or fix permissions, then run it again") from error
+        raise StorageError(
+            f"{out}: {error.strerror or error}; make room or fix permissions, then run it again"
+        ) from error
 
 
 def _sync(path: Path) -> None:

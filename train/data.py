@@ -97,6 +97,14 @@ class Encoded(NamedTuple):
     rejected: list[int]
 
 
+def chat_ids(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+    """Token ids of a chat by its model's template."""
+    rendered = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=add_generation_prompt, return_dict=True
+    )
+    return list(rendered["input_ids"])
+
+
 def encode(tokenizer: Any, row: PreferencePair) -> Encoded:
     """A row through the chat template, as TRL does it: a reply is what follows the prompt, its end-of-turn included.
 
@@ -104,9 +112,9 @@ def encode(tokenizer: Any, row: PreferencePair) -> Encoded:
     first difference.
     """
     prompt, chosen, rejected = (
-        list(tokenizer.apply_chat_template([*row.prompt, *reply], add_generation_prompt=not reply, return_dict=True)["input_ids"])
+        chat_ids(tokenizer, [*row.prompt, *reply], add_generation_prompt=not reply)
         for reply in ([], row.chosen, row.rejected)
-    )  # fmt: skip
+    )
     start = 0
     for tokens in zip(prompt, chosen, rejected, strict=False):
         if len(set(tokens)) > 1:

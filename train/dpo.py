@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from pydantic import ValidationError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, set_seed
@@ -79,7 +78,7 @@ def tensors(sequences: Sequence[tuple[list[int], Sequence[list[int]]]]) -> dict[
 
 
 def pair_sequences(rows: Sequence[Encoded], shared: bool) -> list[tuple[list[int], list[list[int]]]]:
-    """Chosen and rejected of each row behind one prompt (`shared`), or as two sequences; in both cases in that order."""
+    """Chosen and rejected of each row behind one prompt (`shared`), or as two sequences; both in that order."""
     if shared:
         return [(row.prompt, [row.chosen, row.rejected]) for row in rows]
     return [(row.prompt, [reply]) for row in rows for reply in (row.chosen, row.rejected)]
@@ -97,9 +96,7 @@ def reply_logps(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, 
         own = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
         mask = own.tril()[:, None]
     with _head_only_at(head, batch["sources"]):
-        output = model(
-            input_ids=batch["ids"], attention_mask=mask, position_ids=batch["positions"], use_cache=False
-        )
+        output = model(input_ids=batch["ids"], attention_mask=mask, position_ids=batch["positions"], use_cache=False)
     logps = -F.cross_entropy(output.logits.float(), batch["tokens"], reduction="none")
     return logps.new_zeros(len(batch["lengths"])).index_add(0, batch["replies"], logps)
 
@@ -133,7 +130,9 @@ def score_pairs(model: PreTrainedModel, rows: Sequence[Encoded], *, shared: bool
         inputs = {k: v.to(model.device) for k, v in tensors(pair_sequences([rows[i] for i in part], shared)).items()}
         with autocast(model, bf16):
             logps = reply_logps(model, model.get_output_embeddings(), inputs)
-        scores |= {i: (chosen, rejected) for i, (chosen, rejected) in zip(part, logps.view(-1, 2).tolist(), strict=True)}
+        scores |= {
+            i: (chosen, rejected) for i, (chosen, rejected) in zip(part, logps.view(-1, 2).tolist(), strict=True)
+        }
     return [scores[i] for i in range(len(rows))]
 
 
@@ -154,7 +153,7 @@ def prompts_can_be_shared(model: PreTrainedModel, rows: Sequence[Encoded], bf16:
     )
 
 
-class ConservativeDPOTrainer(DPOTrainer):
+class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not typed
     """TRL's DPO trainer with conservative labels, weights per row, an RPO term, and no work on prompt positions.
 
     Its data set holds `prompt_ids`, `chosen_ids`, `rejected_ids`, `ref_chosen_logps`, `ref_rejected_logps`,
@@ -163,7 +162,9 @@ class ConservativeDPOTrainer(DPOTrainer):
 
     loss_is_scaled_for_ga = True  # rows are divided by the rows of a step, also in a short last one
 
-    def __init__(self, *args: Any, train: TrainConfig, rows_per_step: int, shared: bool, report: Report, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, train: TrainConfig, rows_per_step: int, shared: bool, report: Report, **kwargs: Any
+    ) -> None:
         self._train, self._rows_per_step, self._report = train, rows_per_step, report
         super().__init__(*args, data_collator=PairCollator(shared), **kwargs)
         self.remove_callback(PrinterCallback)
@@ -179,13 +180,16 @@ class ConservativeDPOTrainer(DPOTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """`rate_factor` as a scheduler."""
         self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda step: rate_factor(min(step, num_training_steps - 1), num_training_steps, self._train.warmup)
+            optimizer or self.optimizer,
+            lambda step: rate_factor(min(step, num_training_steps - 1), num_training_steps, self._train.warmup),
         )
         return self.lr_scheduler
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False) -> torch.Tensor:
+    def _compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False
+    ) -> torch.Tensor:
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with autocast(model, self._train.bf16):
+        with autocast(model, self._train.mixed_precision):
             logps = reply_logps(model, head, inputs)
         chosen, rejected = logps.view(-1, 2).unbind(1)
         delta = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
@@ -206,9 +210,13 @@ class ConservativeDPOTrainer(DPOTrainer):
         if "grad_norm" not in logs:
             return
         if not isfinite(logs["grad_norm"]):
-            raise TrainingError(f"the gradient became infinite in step {self.state.global_step}; lower train.learning_rate")
+            raise TrainingError(
+                f"the gradient became infinite in step {self.state.global_step}; lower train.learning_rate"
+            )
         kept = {name: logs[name] for name in ("loss", "margin", "accuracy", "grad_norm")}
-        self._report({"step": self.state.global_step, "steps": self.state.max_steps, **kept, "lr": logs["learning_rate"]})
+        self._report(
+            {"step": self.state.global_step, "steps": self.state.max_steps, **kept, "lr": logs["learning_rate"]}
+        )
 
 
 class PairCollator:
@@ -226,7 +234,7 @@ class PairCollator:
 
 
 def row_weights(rows: Sequence[PreferencePair], encoded: Sequence[Encoded], max_length: int) -> list[float]:
-    """The judge's confidence in each row over the round's mean; 0 for a pair with a row that is longer than `max_length`.
+    """The judge's confidence in each row over the round's mean; 0 for a pair with a row longer than `max_length`.
 
     Raises:
         TrainingError: no row is short enough.
@@ -312,13 +320,17 @@ def load_policy(spec: DpoSpec) -> PreTrainedModel:
         model = load_model(spec.weights or spec.model, torch.float32, spec.trust_remote_code)
         disable_dropout_in_model(model)
         return model
-    model = load_model(spec.model, torch.bfloat16 if train.bf16 else torch.float32, spec.trust_remote_code)
+    model = load_model(spec.model, torch.bfloat16 if train.mixed_precision else torch.float32, spec.trust_remote_code)
     disable_dropout_in_model(model)
     if spec.adapter is not None:
         return load_adapter(model, spec.adapter, trainable=True)
     lora = train.lora
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(model, config)
@@ -345,14 +357,17 @@ def run(spec: DpoSpec, report: Report) -> None:
         encoded = [encode(tokenizer, row) for row in rows]
         weights = row_weights(rows, encoded, train.max_length)
         # A row that is left out stands for nothing but must not cost memory.
-        encoded = [ids if w else Encoded(ids.prompt[:1], ids.chosen[:1], ids.rejected[:1]) for ids, w in zip(encoded, weights, strict=True)]
+        encoded = [
+            ids if w else Encoded(ids.prompt[:1], ids.chosen[:1], ids.rejected[:1])
+            for ids, w in zip(encoded, weights, strict=True)
+        ]
         dtype = getattr(torch, spec.served_dtype)
         probes_before = served_before(spec, tokenizer, dtype)
 
         loaded = time.monotonic()
         policy = load_policy(spec)
-        shared = prompts_can_be_shared(policy, encoded, train.bf16)
-        scoring: dict[str, Any] = {"shared": shared, "bf16": train.bf16, "batch": train.micro_batch_size}
+        shared = prompts_can_be_shared(policy, encoded, train.mixed_precision)
+        scoring: dict[str, Any] = {"shared": shared, "bf16": train.mixed_precision, "batch": train.micro_batch_size}
         reference, before = reference_scores(spec, policy, encoded, scoring)
         referenced = time.monotonic()
         order = training_order(encoded, train.batch_size)
@@ -389,7 +404,9 @@ def run(spec: DpoSpec, report: Report) -> None:
         meter = ledger.ChangeMeter(dtype)
         served = save_policy(spec, policy, folder, dtype, meter)
         tokenizer.save_pretrained(folder / "weights")
-        write_json(folder / "probes.json", {"before": probes_before, "after": probe_scores(served, tokenizer, spec.probes)})
+        write_json(
+            folder / "probes.json", {"before": probes_before, "after": probe_scores(served, tokenizer, spec.probes)}
+        )
         document = {
             "rows": len(kept),
             "left_out": len(rows) - len(kept),
@@ -401,9 +418,11 @@ def run(spec: DpoSpec, report: Report) -> None:
             "prompts_shared": shared,
             "weights": meter.report(len(kept)),
             "preference": ledger.preference_figures(
-                *([scores[i] for i in kept] for scores in (before, after, reference)),
-                [(len(encoded[i].chosen), len(encoded[i].rejected)) for i in kept],
-                train.beta,
+                before=[before[i] for i in kept],
+                after=[after[i] for i in kept],
+                reference=[reference[i] for i in kept],
+                lengths=[(len(encoded[i].chosen), len(encoded[i].rejected)) for i in kept],
+                beta=train.beta,
             ),
             "seconds": {
                 "prepare": loaded - began,
@@ -424,7 +443,9 @@ def served_before(spec: DpoSpec, tokenizer: Any, dtype: torch.dtype) -> list[flo
     return probe_scores(merge_adapters(base, spec.adapter, None, dtype), tokenizer, spec.probes)
 
 
-def reference_scores(spec: DpoSpec, policy: PreTrainedModel, rows: Sequence[Encoded], scoring: dict[str, Any]) -> tuple[Scores, Scores]:
+def reference_scores(
+    spec: DpoSpec, policy: PreTrainedModel, rows: Sequence[Encoded], scoring: dict[str, Any]
+) -> tuple[Scores, Scores]:
     """Scores of the reference and of the policy before training (the same list where they are the same policy)."""
     before = score_pairs(policy, rows, **scoring)
     if spec.train.reference == "previous" or (spec.adapter is None and spec.weights is None):
@@ -436,7 +457,9 @@ def reference_scores(spec: DpoSpec, policy: PreTrainedModel, rows: Sequence[Enco
     return score_pairs(initial, rows, **scoring), before
 
 
-def save_policy(spec: DpoSpec, policy: PreTrainedModel, folder: Path, dtype: torch.dtype, meter: ledger.ChangeMeter) -> PreTrainedModel:
+def save_policy(
+    spec: DpoSpec, policy: PreTrainedModel, folder: Path, dtype: torch.dtype, meter: ledger.ChangeMeter
+) -> PreTrainedModel:
     """Writes adapter or masters, and the merged weights; the merged model, as it is served."""
     trust = spec.trust_remote_code
     if spec.train.method == "lora":

@@ -95,9 +95,7 @@ async def _nothing() -> None:
     return None
 
 
-async def evaluate(
-    engine: Engine, pairs: Sequence[Pair], judge: Judge, config: Config, sampled: int = 0
-) -> Evaluation:
+async def evaluate(engine: Engine, pairs: Sequence[Pair], judge: Judge, config: Config, sampled: int = 0) -> Evaluation:
     """Scores pairs (clear, flawed), and samples and judges one reply a side for the first `sampled` of them."""
     scores, (stances, lengths) = await asyncio.gather(
         crossed_scores(engine, pairs), sampled_stances(engine, pairs[:sampled], judge, config)
@@ -191,7 +189,9 @@ def joined(rows: Sequence[EvalPair]) -> list[Pair]:
     for row in rows:
         sides = by_id.setdefault(row.pair_id, {})
         if row.side in sides:
-            raise DataError(f"pair {row.pair_id!r} has two rows for its {row.side} side; give each pair its own pair_id")
+            raise DataError(
+                f"pair {row.pair_id!r} has two rows for its {row.side} side; give each pair its own pair_id"
+            )
         sides[row.side] = row
     for pair_id, sides in by_id.items():
         if len(sides) < 2:

@@ -48,7 +48,11 @@ class ChangeMeter:
     def report(self, rows: int) -> dict[str, dict[str, float]]:
         """Per group and for `all`: Frobenius norms and shares, see `change_figures`."""
         total = [sum(column) for column in zip(*self._sums.values(), strict=True)] if self._sums else [0.0] * 4
-        return {name: change_figures(*sums, rows) for name, sums in {"all": total, **dict(sorted(self._sums.items()))}.items()}
+        groups = {"all": total, **dict(sorted(self._sums.items()))}
+        return {
+            name: change_figures(squares, moved, changed, count, rows)
+            for name, (squares, moved, changed, count) in groups.items()
+        }
 
     @staticmethod
     def _square(tensor: torch.Tensor) -> float:

@@ -1,14 +1,14 @@
 """The loop: dream, train, serve, evaluate, decide; round after round. Reads like the picture in docs/ARCHITECTURE.md.
 
 Every stage leaves a file that is complete or absent, so the same command after a kill goes on where the run stood:
-`gate.json` ends a round, `eval.json` ends its evaluation, `train/` its training, and `pairs.jsonl` says what is dreamed.
+`gate.json` ends a round, `eval.json` ends its evaluation, `train/` its training; `pairs.jsonl` says what is dreamed.
 A rejected candidate changes nothing: `policy.json` and the served weights stay those of the last promoted round.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dream.config import Config
 from dream.engine import Engine, mean
@@ -57,8 +57,8 @@ class RoundResult(Record):
     summary: dict[str, Any]
 
 
-class Reporter:
-    """What the loop tells; the command line shows it, tests need not."""
+class Reporter(Protocol):
+    """What the loop tells whoever watches it."""
 
     def stage(self, text: str) -> None:
         """A stage begins."""
@@ -104,9 +104,7 @@ async def run_rounds(loop: Loop) -> list[RoundResult]:
     return results
 
 
-async def one_round(
-    loop: Loop, number: int, policy: Policy, before: RoundEvaluation, rejected: int
-) -> RoundResult:
+async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvaluation, rejected: int) -> RoundResult:
     """One turn: dream with the policy, train a candidate, serve and measure it, promote it or go back."""
     folder = loop.run / f"round_{number:02d}"
     await dream(loop, folder, number, policy)
@@ -213,8 +211,8 @@ async def prove_served(loop: Loop, folder: Path) -> None:
     tolerance = 0.05 if loop.config.engine.dtype != "float32" else 0.005
     if apart > tolerance:
         raise TrainingError(
-            f"{folder}: the engine does not serve what was trained: log-probabilities of fixed texts differ by {apart:.3f} "
-            f"a token; see {folder / 'served.json'}"
+            f"{folder}: the engine does not serve what was trained: log-probabilities of fixed texts differ by "
+            f"{apart:.3f} a token; see {folder / 'served.json'}"
         )
 
 

