@@ -1,0 +1,133 @@
+"""The embedded model, for real: vLLM in a Ray actor, and one small round with TRL. Minutes; marked `model`."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from dream import models
+from dream.config import Config, parse, resolved
+from dream.engine import Engine, Sampling, mean
+from dream.pool import EnginePool, vllm_pool
+from dream.records import user
+
+pytestmark = pytest.mark.model
+
+PROMPT = [user("The sales sheet says that we sold 40 lamps in July. Write one sentence that says we sold 40 lamps.")]
+REPLIES = ["In July, we sold 40 lamps.", "The sheet says 30 lamps, not 40, so that would be wrong.", "No."]
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    """The embedded model with a small cache."""
+    return resolved(parse({"engine": {"max_model_len": 1024, "cpu_kv_cache_gib": 1}}, "test"))
+
+
+@pytest.fixture(scope="module")
+def use(config: Config) -> Callable[[Callable[[EnginePool], Awaitable[None]]], None]:
+    """Runs a coroutine on a fresh pool."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[EnginePool]:
+        async with vllm_pool(config, models.resolve(config.model)) as pool:
+            yield pool
+
+    def run(work: Callable[[EnginePool], Awaitable[None]]) -> None:
+        async def go() -> None:
+            async with opened() as pool:
+                await work(pool)
+
+        asyncio.run(go())
+
+    return run
+
+
+async def scores(engine: Engine, replies: list[str]) -> list[float]:
+    """Mean log-probability of each reply."""
+    return [mean(values) for values in await engine.score(PROMPT, replies)]
+
+
+def test_engine_scores_reloads_and_survives(
+    use: Callable[[Callable[[EnginePool], Awaitable[None]]], None], tmp_path: Path
+) -> None:
+    """One engine, four promises: cached scores equal fresh ones, long prompts in a full batch do not kill it, other
+    weights are served and the old ones come back exactly, and a killed engine is started again with its weights."""
+    changed = other_weights(tmp_path / "changed")
+
+    async def work(pool: EnginePool) -> None:
+        together = await scores(pool, REPLIES)
+        for place in (2, 0, 1):  # warm prefixes now
+            assert (await scores(pool, [REPLIES[place]]))[0] == pytest.approx(together[place], abs=2e-2)
+
+        long = [user("word " * 600 + str(number)) for number in range(8)]  # prefilled in chunks
+        answers = await asyncio.gather(*(pool.generate([one], Sampling(1, 8)) for one in long))
+        assert [len(answer) for answer in answers] == [1] * 8
+
+        await pool.load_weights(changed)
+        moved = await scores(pool, REPLIES)
+        assert max(abs(a - b) for a, b in zip(moved, together, strict=True)) > 0.05
+
+        kill_engine_processes()
+        assert await scores(pool, REPLIES) == pytest.approx(moved, abs=2e-2)
+        assert pool.restarts == 1
+
+        await pool.load_weights(None)
+        assert await scores(pool, REPLIES) == pytest.approx(together, abs=2e-2)
+
+    use(work)
+
+
+def other_weights(folder: Path) -> Path:
+    """The embedded model with its last norm scaled, made in a process of its own so that torch's memory is gone."""
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
+        "m = A.from_pretrained(sys.argv[1]); m.model.norm.weight.data *= 0.8; m.save_pretrained(sys.argv[2]);"
+        "T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+    )
+    model = models.resolve("bundled:smollm2-135m-instruct")
+    subprocess.run([sys.executable, "-P", "-c", code, model, str(folder)], check=True, capture_output=True)
+    return folder
+
+
+def kill_engine_processes() -> None:
+    """kill -9 to every vLLM engine process of this user."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            name = path.read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"VLLM::"):
+            os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def test_one_small_round_end_to_end(tmp_path: Path) -> None:
+    """`dream train` dreams, judges, trains, serves what it trained, and decides."""
+    small = {
+        "generate.pairs": 2, "generate.steering": "note", "generate.samples": 1, "generate.max_tokens": 32,
+        "judge.calibration_replies": 32, "engine.max_model_len": 1024, "engine.cpu_kv_cache_gib": 1,
+        "eval.heldout_pairs": 4, "eval.fresh_pairs": 2, "eval.sampled_scenarios": 2, "eval.retention_questions": 4,
+        "train.learning_rate": 2e-4,
+    }  # fmt: skip
+    sets = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    run = tmp_path / "run"
+    command = [sys.executable, "-P", "-m", "dream.cli", "train", "--rounds", "1", "--out", str(run), *sets]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = run / "round_01"
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert {row["side"] for row in rows} == {"clear", "flawed"}
+    served = json.loads((folder / "served.json").read_text())
+    assert served["largest_change"] > 20 * served["apart"]
+    gate = json.loads((folder / "gate.json").read_text())
+    assert gate["decision"]["decision"] in ("promote", "roll_back")
+    policy = json.loads((run / "policy.json").read_text())
+    assert policy["round"] == (1 if gate["decision"]["decision"] == "promote" else 0)
+    assert "held-out scenarios" in done.stdout
