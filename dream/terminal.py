@@ -1,5 +1,6 @@
 """What people see while a command works (stderr), and the tables at its end (stdout)."""
 
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from train.evals import Evaluation
     from train.rounds import RoundResult
 
-out = Console(soft_wrap=True)
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 class Terminal:
@@ -123,7 +124,7 @@ def rounds_table(baseline: dict[str, Any] | None, results: "Sequence[RoundResult
     ):
         table.add_column(name, justify="left" if name in ("round", "result") else "right")
     if baseline is not None:
-        table.add_row("0", "", *_figures(baseline), "the model as it came")
+        table.add_row("0", "", *_figures(baseline), "as it came")
     for result in results:
         word = "promoted" if result.decision.decision == "promote" else "rolled back"
         table.add_row(str(result.round), str(result.accepted), *_figures(result.summary), word)

@@ -51,7 +51,6 @@ def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) 
     else:
         arguments["enforce_eager"] = True  # compiling takes a minute and makes nothing faster on a CPU
         arguments["block_size"] = 32  # of 128 by default: prompts here are short, and only whole blocks are cached
-        arguments["distributed_executor_backend"] = "uni"  # one process fewer to start and to share the cores with
     return arguments
 
 
