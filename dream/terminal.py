@@ -117,8 +117,8 @@ def rounds_table(baseline: dict[str, Any] | None, results: "Sequence[RoundResult
         "pairs",
         "pair accuracy [95 %]",
         "margin",
-        "comply|clear",
-        "push back|flawed",
+        "comply, clear",
+        "push back, flawed",
         "retention",
         "result",
     ):

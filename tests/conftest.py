@@ -145,6 +145,12 @@ def script() -> Callable[[Sequence[Message], int], str]:
 
 
 @pytest.fixture(scope="session")
+def likelihood() -> Callable[[Sequence[Message], str], float]:
+    """`score_reply`, for tests that change a part of how the engine scores."""
+    return score_reply
+
+
+@pytest.fixture(scope="session")
 def engine() -> ScriptedEngine:
     """An engine that plays the stance it is asked for and complies when it is asked for none."""
     return ScriptedEngine(write_reply, score_reply)
