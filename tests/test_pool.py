@@ -1,0 +1,97 @@
+"""dream/pool.py, dream/vllm_engine.py: what Ray and vLLM are asked for, and restarts of toy engines in real actors."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dream.config import EngineConfig
+from dream.engine import Completion, EngineStats, Sampling
+from dream.errors import EngineError
+from dream.pool import EnginePool, actor_resources, connect
+from dream.records import user
+from dream.vllm_engine import EngineDied, engine_arguments, prepare_cpu_environment
+
+
+def test_gpu_engine_asks_for_its_gpus() -> None:
+    """Tensor parallel engines get that many GPUs, CPU engines none."""
+    config = EngineConfig(tensor_parallel=4)
+    assert actor_resources(config, on_gpu=True) == {"num_cpus": 1, "num_gpus": 4}
+    assert actor_resources(config, on_gpu=False) == {"num_cpus": 1}
+
+
+def test_vllm_gets_the_configuration_and_no_remote_code() -> None:
+    """On a GPU vLLM gets parallelism and memory, on a CPU eager mode and small cache blocks; remote code stays off."""
+    config = EngineConfig(tensor_parallel=2, dtype="bfloat16", gpu_memory_utilization=0.7)
+    gpu, cpu = (engine_arguments("m", config, seed=3, on_gpu=on_gpu) for on_gpu in (True, False))
+    assert (gpu["tensor_parallel_size"], gpu["gpu_memory_utilization"], gpu["seed"]) == (2, 0.7, 3)
+    assert (cpu["enforce_eager"], cpu["block_size"]) == (True, 32)
+    assert "tensor_parallel_size" not in cpu
+    assert gpu["trust_remote_code"] is cpu["trust_remote_code"] is False
+
+
+def test_cpu_engine_uses_every_core() -> None:
+    """vLLM keeps a core back by default; here all that the process may use are bound."""
+    environment = prepare_cpu_environment(3, [0, 1, 5])
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,5"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+def fragile(deaths: Path, times: int) -> Callable[[], Any]:
+    """Makes engines that die in their first call until `times` deaths are written to a file."""
+
+    class Fragile:  # inside the function, so that Ray ships it by value
+        async def start(self, weights: Path | None = None) -> None:
+            self.weights = weights
+
+        async def generate(self, messages: Sequence[Any], sampling: Sampling) -> list[Completion]:
+            if deaths.stat().st_size < times:
+                with deaths.open("a") as file:
+                    file.write("x")
+                raise EngineDied("gone")
+            return [Completion(str(self.weights), 1, "stop")]
+
+        async def score(self, messages: Sequence[Any], replies: Sequence[str]) -> list[list[float]]:
+            return [[-1.0] for _ in replies]
+
+        async def load_weights(self, folder: Path | None) -> None:
+            self.weights = folder
+
+        async def stats(self) -> EngineStats:
+            return EngineStats()
+
+    return Fragile
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_dead_engine_is_replaced_and_its_requests_are_answered(tmp_path: Path, times: int) -> None:
+    """Requests in flight when an engine dies are tried again on a new one, which serves the same weights."""
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    connect(None)
+
+    async def go() -> tuple[list[list[Completion]], int]:
+        async with EnginePool(fragile(deaths, times), EngineConfig(max_restarts=3)) as pool:
+            await pool.load_weights(Path("weights"))
+            calls = [pool.generate([user(str(number))], Sampling()) for number in range(4)]
+            return await asyncio.gather(*calls), pool.restarts
+
+    answers, restarts = asyncio.run(go())
+    assert [answer[0].text for answer in answers] == ["weights"] * 4
+    assert 1 <= restarts <= 3
+
+
+def test_engine_that_dies_again_and_again_ends_the_run_with_a_message(tmp_path: Path) -> None:
+    """After max_restarts the pool gives up and says what to do."""
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    connect(None)
+
+    async def go() -> None:
+        async with EnginePool(fragile(deaths, 100), EngineConfig(max_restarts=1)) as pool:
+            await pool.generate([user("a")], Sampling())
+
+    with pytest.raises(EngineError, match=r"max_restarts.*the run can be continued"):
+        asyncio.run(go())
