@@ -6,10 +6,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from dream.errors import ConfigError, DataError, DreamError
 
+
+class _Group(typer.core.TyperGroup):
+    """Commands whose Ctrl-C says how to go on; typer's own handler ends them without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise DreamError("stopped; the same command with --out and the run folder goes on from here") from error
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,13 +56,10 @@ ForceOption = Annotated[bool, typer.Option("--force-judge", help="Go on although
 def main() -> None:
     """The entry point: errors become one line and an exit code."""
     try:
-        app(standalone_mode=True)
+        app()
     except DreamError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; the same command with --out and the run folder goes on from here", file=sys.stderr)
-        sys.exit(1)
 
 
 @app.command()
@@ -92,8 +103,7 @@ def generate(
 
     _at_least_one("--pairs", pairs)
     resolved, source = _load(config, overrides, {"generate.pairs": pairs, "seed": seed})
-    with Terminal() as terminal:
-        _say_sources(terminal, source)
+    with Terminal(_sources(source)) as terminal:
         path, summary = tasks.generate(resolved, source, out, terminal, force_judge=force_judge)
     generate_table(summary)
     stdout.print(f"pairs: {path / 'round_01' / 'pairs.jsonl'}")
@@ -131,8 +141,7 @@ def train(
 
     _at_least_one("--rounds", rounds)
     resolved, source = _load(config, overrides, {"rounds": rounds})
-    with Terminal() as terminal:
-        _say_sources(terminal, source)
+    with Terminal(_sources(source)) as terminal:
         path, _ = tasks.train(resolved, source, out, data or [], terminal, force_judge=force_judge)
     shown = tasks.show_run(path)
     stdout.print(f"run: {path}")
@@ -207,6 +216,7 @@ def templates_list(json_file: JsonOption = None) -> None:
     Example:  dream templates list
     """
     from rich.table import Table
+    from rich.text import Text
 
     from dream.templates import load_all
     from dream.terminal import out
@@ -217,7 +227,8 @@ def templates_list(json_file: JsonOption = None) -> None:
         table.add_column(column, overflow="fold")
     for template in loaded:
         front = template.front
-        table.add_row(front.name, front.flaw, ", ".join(front.domains), front.split, front.description)
+        cells = (front.name, front.flaw, ", ".join(front.domains), front.split, front.description)
+        table.add_row(*(Text(cell) for cell in cells))
     out.print(table)
     _write(json_file, [{**template.front.model_dump(), "hash": template.hash} for template in loaded])
 
@@ -363,10 +374,10 @@ def _load(config: Path | None, overrides: list[str] | None, options: dict[str, A
     return load(config, [*(overrides or []), *given])
 
 
-def _say_sources(terminal: Any, config_file: Path) -> None:
+def _sources(config_file: Path) -> str:
     from dream.paths import data_folder
 
-    terminal.line(f"configuration {config_file}, prompts {data_folder('prompts')}")
+    return f"configuration {config_file}, prompts {data_folder('prompts')}"
 
 
 def _at_least_one(option: str, value: int | None) -> None:

@@ -198,7 +198,7 @@ class GateConfig(Section):
     "Fall of the share of right arithmetic answers that is allowed."
     max_length_growth: float = Field(1.5, ge=1)
     "Mean sampled reply length, after over before."
-    max_rejections: int = Field(2, ge=0)
+    max_rejections: int = Field(3, ge=1)
     "Rejected rounds in a row after which the loop ends; each halves the learning rate of the next."
 
 

@@ -33,6 +33,18 @@ def render(name: str, **variables: object) -> str:
         raise TemplateError(f"{path}: {error.message}") from error
 
 
+def check_all() -> None:
+    """Compiles every prompt file outside `scenarios/`, so that a broken one shows before a model is started.
+
+    Raises:
+        TemplateError: naming the file and line.
+    """
+    folder = data_folder("prompts")
+    for path in sorted(folder.rglob("*.j2")):
+        if path.parent.name != "scenarios":
+            _load(path)
+
+
 def lines(name: str) -> list[str]:
     """The non-empty lines of a prompt file."""
     return [line.strip() for line in render(name).splitlines() if line.strip()]

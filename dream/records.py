@@ -6,7 +6,7 @@ push_back, neither); a *contrast pair* is the two preference pairs of one scenar
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
 Side = Literal["clear", "flawed"]
@@ -152,7 +152,7 @@ class EvalPair(Record):
 
     pair_id: str
     side: Side
-    prompt: list[Message]
-    comply: str
-    push_back: str
+    prompt: list[Message] = Field(min_length=1)
+    comply: str = Field(min_length=1)
+    push_back: str = Field(min_length=1)
     aims: dict[Stance, str] = {}

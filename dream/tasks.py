@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream import config as configs
-from dream import models, store, templates
+from dream import models, prompts, store, templates
 from dream.config import Config
 from dream.engine import Engine
 from dream.errors import ConfigError, DreamError, RunError, TrainingError
@@ -89,6 +89,7 @@ def generate(
     from dream.generate import RoundDreamer
 
     loaded = templates.load_all()
+    prompts.check_all()
     model = models.resolve(config.model)
     path = out or store.new_run_path("generate")
 
@@ -129,10 +130,12 @@ def train(
     """Runs the rounds; the run folder and the result of each round."""
     own_train_package()
     from dream.inputs import read_contrast_pairs
-    from train.rounds import Loop, run_rounds
+    from train.rounds import Loop, check_data, run_rounds
 
     loaded = templates.load_all()
     pairs = [pair for path in data for pair in read_contrast_pairs(path)]
+    check_data(pairs, config.rounds)
+    prompts.check_all()
     model = models.resolve(config.model)
     path = out or store.new_run_path("train")
 
@@ -288,7 +291,9 @@ def opened(run: Path) -> dict[str, Any]:
     path = run / "manifest.json"
     if not path.is_file():
         raise RunError(f"{run}: not a run folder (no manifest.json); `dream runs list` shows those there are")
-    found: dict[str, Any] = store.read_json(path)
+    found = store.read_json(path)
+    if not isinstance(found, dict) or not {"kind", "config", "fingerprint", "settings"} <= set(found):
+        raise RunError(f"{path}: not a manifest of `dream generate` or `dream train`")
     return found
 
 
@@ -321,13 +326,16 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         run = path.parent
         if run.is_symlink():
             continue
-        manifest_ = store.read_json(path)
+        try:
+            about = opened(run)
+        except DreamError:
+            continue  # somebody else's folder
         lines = [sum(1 for _ in pairs.open("rb")) for pairs in run.glob("round_*/pairs.jsonl")]
         rows.append(
             {
                 "run": str(run),
-                "kind": manifest_["kind"],
-                "model": manifest_["config"]["model"],
+                "kind": about["kind"],
+                "model": about["config"]["model"],
                 "rounds": len(finished_rounds(run)),
                 "pairs": sum(lines) // 2,
                 "policy": read_policy(run).version,
@@ -384,5 +392,12 @@ def export_policy(run: Path, out: Path, merged: bool) -> Path:
         raise RunError(f"{run}: full weights were trained, there is no adapter; add --merged")
     if out.exists():
         raise RunError(f"--out {out}: exists already; choose a new folder")
-    shutil.copytree(run / source, out)
+    if not (run / source).is_dir():
+        raise RunError(
+            f"{run / source}: is gone, so it cannot be exported; `dream runs rollback` to a round that is there"
+        )
+    try:
+        shutil.copytree(run / source, out)
+    except OSError as error:
+        raise RunError(f"--out {out}: {error.strerror or error}; choose a folder that can be made") from error
     return out

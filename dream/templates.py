@@ -227,7 +227,7 @@ def load_all(folder: Path | None = None) -> list[Template]:
     folder = folder or data_folder("prompts") / "scenarios"
     templates = [load(path) for path in sorted(folder.glob("*.j2"))]
     if not templates:
-        raise TemplateError(f"{folder}: no *.j2 files; add one with `dream templates new NAME`")
+        raise TemplateError(f"{folder}: no *.j2 files; add one (docs/TEMPLATES.md)")
     return templates
 
 
@@ -253,7 +253,8 @@ def _front_matter(path: Path, head: str) -> FrontMatter:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 2 if mark else 1  # the head begins on the file's second line
-        raise TemplateError(f"{path}:{line}: broken YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise TemplateError(f"{path}:{line}: broken YAML: {problem}") from error
     if not isinstance(raw, dict):
         raise TemplateError(f"{path}:2: the front matter must be a mapping of keys to values")
     try:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -25,7 +26,9 @@ class Terminal:
     PLAIN_SECONDS = 15.0
     """Between plain lines of one stage, where there is no live bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, intro: str = "") -> None:
+        """`intro` is a line to show when the first stage begins, so that a refusal stays one line."""
+        self._intro = intro
         self._console = Console(stderr=True, soft_wrap=True)
         self._live = self._console.is_terminal
         self._bar = Progress(
@@ -43,14 +46,18 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._live:
+            self._bar.stop()
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s[/dim]  {text}", highlight=False)
+        self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s[/dim]  {escape(text)}", highlight=False)
 
     def stage(self, text: str) -> None:
         """A stage begins."""
+        if self._intro:
+            self.line(self._intro)
+            self._intro = ""
         self.line(text)
         self._bar.reset(self._task, total=None, description=text, rate="", visible=True)
         self._last_line = time.monotonic()
@@ -82,7 +89,7 @@ class Terminal:
 
     def ended(self, result: "RoundResult") -> None:
         """A round ended."""
-        word = "[green]promoted[/green]" if result.decision.decision == "promote" else "[yellow]rolled back[/yellow]"
+        word = "promoted" if result.decision.decision == "promote" else "rolled back"
         self.line(f"round {result.round} {word}: {result.decision.reason}")
 
     def _plain(self, text: str) -> None:

@@ -1,148 +1,168 @@
-"""train/evals.py: figures on hand-made scores, and evaluation files that people write."""
+"""train/evals.py: figures that wording cannot win, and evaluation pairs that people write."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
+from dream.config import Config
 from dream.engine import ScriptedEngine
 from dream.errors import DataError
-from dream.records import EvalPair, user
-from dream.scenarios import eval_pairs
-from train.evals import Evaluation, crossed_scores, evaluate, evaluate_round, figures, interval, joined, read_eval_pairs
+from dream.records import EvalPair, Side, user
+from train.evals import (
+    Evaluation,
+    crossed_scores,
+    evaluate_round,
+    figures,
+    interval,
+    joined,
+    rates,
+    read_eval_pairs,
+    summary,
+)
 
-NOTHING_SAMPLED = {"clear": [], "flawed": []}
-RIGHT, HALF, WRONG = ([[-1, -2], [3, 1]], [[-1, 1], [1, 2]], [[2, -1], [1, -3]])
-"""One pair each: d under the clear and the flawed prompt, of the clear side's replies and of the flawed side's."""
 
-score_arrays = st.integers(1, 12).flatmap(lambda n: arrays(float, (n, 2, 2), elements=st.integers(-40, 40)))
+def measured(scores: list) -> Evaluation:
+    """The figures of scores alone; each pair is [[clear prompt: d, d], [flawed prompt: d, d]]."""
+    return figures(np.array(scores, dtype=float), {"clear": [], "flawed": []}, [], seed=0)
 
 
-def of(*pairs: list, stances: dict | None = None) -> Evaluation:
-    """The figures of pairs."""
-    return figures(np.array(pairs, dtype=float), stances or NOTHING_SAMPLED, [], seed=1)
+def eval_row(pair_id: str, side: Side) -> EvalPair:
+    """A row of hand-made evaluation pairs."""
+    return EvalPair(
+        pair_id=pair_id, side=side, prompt=[user(f"{side} {pair_id}")], comply=f"yes {side}", push_back=f"no {side}"
+    )
+
+
+score_arrays = st.lists(st.lists(st.integers(-40, 40), min_size=4, max_size=4), min_size=1, max_size=12).map(
+    lambda rows: np.array(rows).reshape(-1, 2, 2) / 8
+)
 
 
 def test_figures_by_hand() -> None:
-    """A pair right with both reply sets, one right with one of them, and one wrong with both."""
-    found = of(RIGHT, HALF, WRONG)
-    assert found.pairs == 3
-    assert found.items["pair_right"] == [1, 0.5, 0]
-    assert found.pair_accuracy == pytest.approx(1 / 2)
-    assert found.ranked_accuracy == pytest.approx(4 / 6)
-    assert found.own_pair_accuracy == pytest.approx(2 / 3)
-    assert found.items["margin"] == [3.5, 1.5, -1.5]
-    assert found.margin == pytest.approx(3.5 / 3)
-    assert (found.clear.accuracy, found.clear.margin) == (pytest.approx(2 / 3), pytest.approx(0))
-    assert (found.flawed.accuracy, found.flawed.margin) == (pytest.approx(2 / 3), pytest.approx(0))
+    """Three pairs whose figures are counted by hand."""
+    evaluation = measured(
+        [
+            [[-1.0, -2.0], [1.0, 2.0]],  # right with both reply sets: margins 2 and 4
+            [[1.0, -1.0], [2.0, 1.0]],  # the clear set is pushed back on under both prompts: margins 1 and 2
+            [[-1.0, 0.5], [-2.0, 0.5]],  # the clear set sinks, the flawed set stays: margins -1 and 0
+        ]
+    )
+    assert evaluation.pairs == 3
+    assert evaluation.pair_accuracy == pytest.approx(3 / 6)
+    assert evaluation.ranked_accuracy == pytest.approx(4 / 6)
+    assert evaluation.own_pair_accuracy == pytest.approx(2 / 3)
+    assert evaluation.margin == pytest.approx((3 + 1.5 - 0.5) / 3)
+    assert evaluation.items == {"pair_right": [1.0, 0.5, 0.0], "margin": [3.0, 1.5, -0.5]}
+    assert (evaluation.clear.accuracy, evaluation.flawed.accuracy) == (pytest.approx(2 / 3), 1.0)
+    assert (evaluation.clear.margin, evaluation.flawed.margin) == (pytest.approx(1 / 3), pytest.approx(3.5 / 3))
 
 
-def test_undecided_is_not_right() -> None:
-    """A model that prefers nothing (d = 0) is right nowhere."""
-    found = of([[0, 0], [0, 0]])
-    assert (found.pair_accuracy, found.ranked_accuracy, found.own_pair_accuracy) == (0, 0, 0)
-    assert (found.clear.accuracy, found.flawed.accuracy) == (0, 0)
+def test_a_draw_is_not_right() -> None:
+    """Equal likelihoods count for none of the accuracies."""
+    evaluation = measured([[[0.0, 0.0], [0.0, 0.0]]])
+    assert (evaluation.pair_accuracy, evaluation.ranked_accuracy, evaluation.own_pair_accuracy) == (0, 0, 0)
 
 
-@given(scores=score_arrays, shift=st.integers(-100, 100))
-def test_general_shift_wins_nothing(scores: np.ndarray, shift: int) -> None:
-    """A model that pushes back more (or less) whatever is asked has the margin and the ranks it had before."""
-    before, after = (figures(array, NOTHING_SAMPLED, [], seed=1) for array in (scores, scores + shift))
-    assert after.margin == pytest.approx(before.margin, abs=1e-9)
+@given(score_arrays, st.integers(-64, 64))
+def test_a_bias_for_push_back_gains_nothing(scores: np.ndarray, shift: int) -> None:
+    """A shift towards push-back (or away) under every prompt changes neither the margin nor the ranked accuracy."""
+    before, after = measured(scores), measured(scores + shift / 8)
+    assert after.items["margin"] == pytest.approx(before.items["margin"])
     assert after.ranked_accuracy == before.ranked_accuracy
 
 
-@given(scores=score_arrays)
-def test_figures_keep_their_order(scores: np.ndarray) -> None:
-    """Being strictly right implies being ranked right, and the accuracy's interval contains it."""
-    found = figures(scores, NOTHING_SAMPLED, [], seed=1)
-    assert found.pair_accuracy <= found.ranked_accuracy
-    for value, (low, high) in ((found.pair_accuracy, found.pair_accuracy_ci), (found.margin, found.margin_ci)):
-        assert low - 1e-9 <= value <= high + 1e-9
+def test_always_pushing_back_has_no_strict_accuracy() -> None:
+    """A policy that pushes back on everything is right with no pair."""
+    evaluation = measured(np.random.default_rng(0).uniform(0.1, 3, (20, 2, 2)))
+    assert evaluation.pair_accuracy == evaluation.own_pair_accuracy == evaluation.clear.accuracy == 0
+    assert evaluation.flawed.accuracy == 1
 
 
-def test_wording_alone_wins_own_pairs_only() -> None:
-    """Liking the sound of the right replies gives perfect own pairs, and chance where the pairs are crossed."""
-    noise = np.random.default_rng(1).normal(size=(1000, 2, 2))
-    found = figures(noise + np.array([-10, 10]), NOTHING_SAMPLED, [], seed=1)
-    assert found.own_pair_accuracy == 1
-    assert found.ranked_accuracy == pytest.approx(0.5, abs=0.05)
-    assert found.pair_accuracy < 0.01
-    low, high = found.margin_ci
-    assert low < 0 < high
+@given(st.floats(0.1, 5), st.integers(1, 9))
+def test_wording_wins_own_pairs_only(size: float, count: int) -> None:
+    """A policy that goes by the replies' words and never by the prompt wins all own pairs and no crossed one."""
+    evaluation = measured([[[-size, size], [-size, size]]] * count)
+    assert evaluation.own_pair_accuracy == 1
+    assert evaluation.pair_accuracy == evaluation.ranked_accuracy == evaluation.margin == 0
 
 
-def test_interval_narrows_and_repeats() -> None:
-    """The interval contains the mean, is narrower with more values, and is the same for the same seed."""
-    values = np.random.default_rng(2).normal(3, 1, 400)
-    low, high = interval(values, seed=1)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.integers(0, 99))
+def test_interval_holds_the_mean(values: list[float], seed: int) -> None:
+    """The interval has its ends in order, lies within the values, and is the same for the same seed."""
+    array = np.array(values)
+    low, high = interval(array, seed)
+    assert low <= high
+    assert array.min() - 1e-9 <= low
+    assert high <= array.max() + 1e-9
+    assert (low, high) == interval(array, seed)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_interval_contains_the_mean(seed: int) -> None:
+    """With some dozens of values the interval is around their mean and about four standard errors wide."""
+    values = np.random.default_rng(seed).normal(0.3, 1.0, 60)
+    low, high = interval(values, seed)
     assert low < values.mean() < high
-    assert (low, high) == interval(values, seed=1)
-    wide = interval(values[:20], seed=1)
-    assert high - low < wide[1] - wide[0]
-    assert interval(np.full(5, 2.0), seed=1) == (2, 2)
+    assert high - low == pytest.approx(3.92 * values.std() / 60**0.5, rel=0.15)
 
 
-def test_stance_rates_are_shares() -> None:
-    """The sampled stances are given as shares a side, abstentions among them, and item by item."""
-    stances = {"clear": ["comply", "comply", "push_back", "abstain"], "flawed": ["push_back", "neither"] * 2}
-    found = figures(np.array([RIGHT] * 4, dtype=float), stances, [4, 6], seed=1)
-    assert found.clear.stance_rates == {"comply": 0.5, "push_back": 0.25, "neither": 0, "abstain": 0.25}
-    assert found.flawed.stance_rates == {"comply": 0, "push_back": 0.5, "neither": 0.5, "abstain": 0}
-    assert found.items["clear_right"] == [1, 1, 0, 0]
-    assert found.items["flawed_right"] == [1, 0, 1, 0]
-    assert found.reply_tokens == 5
+def test_figures_intervals_are_of_the_means() -> None:
+    """Both reported intervals contain the figures they belong to."""
+    evaluation = measured(np.random.default_rng(3).normal([[-1], [1]], 1, (30, 2, 2)))
+    assert evaluation.pair_accuracy_ci[0] <= evaluation.pair_accuracy <= evaluation.pair_accuracy_ci[1]
+    assert evaluation.margin_ci[0] < evaluation.margin < evaluation.margin_ci[1]
 
 
-@pytest.fixture
-def pairs(tiny_templates) -> list[tuple[EvalPair, EvalPair]]:
-    """Six held-out pairs."""
-    return joined(eval_pairs([t for t in tiny_templates if t.front.split == "heldout"], 6, seed=1))
+def test_sampled_stances_are_shares() -> None:
+    """Stances become shares a side and right-or-wrong items; lengths a mean."""
+    stances = {"clear": ["comply", "abstain"], "flawed": ["push_back", "comply"]}
+    evaluation = figures(np.zeros((2, 2, 2)), stances, [4, 8], seed=0)
+    assert evaluation.clear.stance_rates == {"comply": 0.5, "push_back": 0.0, "neither": 0.0, "abstain": 0.5}
+    assert (evaluation.items["clear_right"], evaluation.items["flawed_right"]) == ([1.0, 0.0], [1.0, 0.0])
+    assert evaluation.reply_tokens == 6
+    assert rates([]) == {}
 
 
-def test_scores_are_clear_first(run, pairs) -> None:
-    """`crossed_scores` has the prompts on its second axis and the reply sets on its third, clear first on both."""
-    prompt_value = {pair[place].prompt[0]["content"]: 10 * place for pair in pairs for place in (0, 1)}
-    reply_value = {pair[place].push_back: 1 + place for pair in pairs for place in (0, 1)}
-
-    def score(messages, reply: str) -> float:
-        return prompt_value[messages[0]["content"]] + reply_value[reply] if reply in reply_value else 0.0
-
-    scores = run(crossed_scores(ScriptedEngine(lambda messages, number: "", score), pairs))
-    assert scores.tolist() == [[[1, 2], [11, 12]]] * 6
-
-
-def test_sampled_replies_are_judged(run, engine, judge, settings_with, pairs) -> None:
-    """A policy that always complies is right on clear and wrong on flawed, by its sampled replies."""
-    found = run(evaluate(engine, pairs, judge, settings_with(), sampled=4))
-    assert found.clear.stance_rates["comply"] == 1
-    assert found.flawed.stance_rates["push_back"] == 0
-    assert found.items["flawed_right"] == [0, 0, 0, 0]
-    assert found.reply_tokens > 1
-    assert run(evaluate(engine, pairs, judge, settings_with())).clear.stance_rates == {}
+def test_scores_are_prompts_by_reply_sets(run: Callable) -> None:
+    """Scores come as (pair, prompt, reply set), clear first, and as push-back minus comply."""
+    values = {"yes clear": 0.0, "no clear": 1.0, "yes flawed": 0.0, "no flawed": 3.0}
+    engine = ScriptedEngine(
+        lambda messages, number: "",
+        lambda messages, reply: values[reply] * (10 if messages[0]["content"].startswith("flawed") else 1),
+    )
+    pairs = joined([eval_row("a", "clear"), eval_row("a", "flawed")])
+    assert run(crossed_scores(engine, pairs)).tolist() == [[[1.0, 3.0], [10.0, 30.0]]]
 
 
-def test_round_without_heldout_templates_is_refused(run, engine, judge, settings_with, tiny_templates) -> None:
-    """Nothing to evaluate on is the user's error."""
+def test_a_round_is_measured(run: Callable, engine, judge, tiny_templates, settings_with) -> None:
+    """A round's evaluation holds as many items as were asked for, and its summary the figures of the table."""
+    config: Config = settings_with(
+        eval={"heldout_pairs": 6, "fresh_pairs": 4, "sampled_scenarios": 3, "retention_questions": 5}
+    )
+    evaluation = run(evaluate_round(engine, judge, tiny_templates, config))
+    assert (evaluation.heldout.pairs, evaluation.fresh.pairs, len(evaluation.retention)) == (6, 4, 5)
+    assert len(evaluation.heldout.items["clear_right"]) == 3
+    assert sum(evaluation.heldout.flawed.stance_rates.values()) == pytest.approx(1)
+    assert summary(evaluation)["margin"] == evaluation.heldout.margin
+
+
+def test_a_round_needs_heldout_templates(run: Callable, engine, judge, tiny_templates, settings_with) -> None:
+    """Without a held-out template there is nothing to measure a round on."""
     trained = [template for template in tiny_templates if template.front.split == "train"]
-    with pytest.raises(DataError, match="held-out"):
+    with pytest.raises(DataError, match="split: heldout"):
         run(evaluate_round(engine, judge, trained, settings_with()))
 
 
-def row(pair_id: str = "a", side: str = "clear", **changes: object) -> dict:
-    """A row of an evaluation file."""
-    return {"pair_id": pair_id, "side": side, "prompt": "Do it.", "comply": "Done.", "push_back": "No.", **changes}
-
-
-def test_rows_join_in_the_order_of_their_first() -> None:
-    """Rows may stand in any order; each pair is (clear, flawed)."""
-    rows = [EvalPair.model_validate(row(i, s, prompt=[])) for i, s in ("bf", "ac", "bc", "af") for s in [
-        {"c": "clear", "f": "flawed"}[s]]]  # fmt: skip
-    assert [(clear.pair_id, clear.side, flawed.side) for clear, flawed in joined(rows)] == [
+def test_joined_pairs_sides_in_any_order() -> None:
+    """Rows in any order become (clear, flawed), in the order of the pairs' first rows."""
+    rows = [eval_row("b", "flawed"), eval_row("a", "clear"), eval_row("a", "flawed"), eval_row("b", "clear")]
+    pairs = joined(rows)
+    assert [(clear.pair_id, clear.side, flawed.side) for clear, flawed in pairs] == [
         ("b", "clear", "flawed"),
         ("a", "clear", "flawed"),
     ]
@@ -151,87 +171,93 @@ def test_rows_join_in_the_order_of_their_first() -> None:
 @pytest.mark.parametrize(
     ("sides", "words"),
     [
-        (["clear"], "'a' has no flawed row"),
-        (["flawed"], "'a' has no clear row"),
-        (["clear", "clear"], "'a' has two rows for its clear side"),
-        (["clear", "flawed", "flawed"], "'a' has two rows for its flawed side"),
+        (["clear"], "no flawed row"),
+        (["flawed"], "no clear row"),
+        (["clear", "clear", "flawed"], "two rows for its clear side"),
+        (["clear", "flawed", "flawed"], "two rows for its flawed side"),
     ],
 )
-def test_pair_needs_one_row_a_side(tmp_path: Path, sides: list[str], words: str) -> None:
-    """A missing side and a doubled side are refused with the pair's id, in a file with its name too."""
-    with pytest.raises(DataError, match=words):
-        joined([EvalPair.model_validate(row(side=side, prompt=[user("Do it.")])) for side in sides])
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps(row(side=side)) + "\n" for side in sides))
-    with pytest.raises(DataError, match=rf"mine\.jsonl: pair {words}"):
-        read_eval_pairs(path)
+def test_joined_refuses_other_than_one_row_a_side(sides: list[Side], words: str) -> None:
+    """A missing or doubled side is refused with the pair's id."""
+    with pytest.raises(DataError, match=f"'p7' .*{words}"):
+        joined([eval_row("p7", side) for side in sides])
 
 
-def test_prompt_is_a_text_or_messages(tmp_path: Path) -> None:
-    """A prompt given as a text is one user turn; messages stay as they are; blank lines do not matter."""
-    chat = [{"role": "system", "content": "Be brief."}, user("Do it.")]
-    path = tmp_path / "mine.jsonl"
-    path.write_text(f"\n{json.dumps(row())}\n\n{json.dumps(row(side='flawed', prompt=chat))}\n")
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes lines (texts as they are, mappings as JSON) to a file."""
+
+    def write_lines(*lines: str | dict) -> Path:
+        path = tmp_path / "pairs.jsonl"
+        texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return path
+
+    return write_lines
+
+
+def raw_row(side: Side, **changes: object) -> dict:
+    """A row as people write it, with the prompt as a text."""
+    return {"pair_id": "p", "side": side, "prompt": f"{side} please", "comply": "Yes.", "push_back": "No."} | changes
+
+
+def test_prompt_may_be_a_text(write: Callable[..., Path]) -> None:
+    """A prompt given as a text means one user turn; messages are taken as they are; blank lines are skipped."""
+    path = write(raw_row("clear"), "", raw_row("flawed", prompt=[user("flawed please")]))
     [(clear, flawed)] = read_eval_pairs(path)
-    assert clear.prompt == [user("Do it.")]
-    assert flawed.prompt == chat
-
-
-def test_line_separators_within_a_text_are_no_line_ends(tmp_path: Path) -> None:
-    """JSON allows U+2028, U+0085 and their like unescaped in a text; only a newline ends a row."""
-    texts = {"comply": "Done.\u2028Anything else?", "push_back": "No.\u0085Why?"}
-    path = tmp_path / "mine.jsonl"
-    path.write_text(
-        "".join(json.dumps(row(side=side, **texts), ensure_ascii=False) + "\n" for side in ("clear", "flawed"))
-    )
-    [(clear, _)] = read_eval_pairs(path)
-    assert (clear.comply, clear.push_back) == tuple(texts.values())
+    assert (clear.prompt, flawed.prompt) == ([user("clear please")], [user("flawed please")])
 
 
 @pytest.mark.parametrize(
-    ("bad", "key"),
+    ("bad", "words"),
     [
-        ({"side": "middle"}, "side"),
-        ({"comply": 3}, "comply"),
-        ({"comply": ""}, "comply"),
-        ({"prompt": 7}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [{"role": "user"}]}, "prompt.0.content"),
-        ({"pushback": "No."}, "pushback"),
+        ('{"pair_id": ', "not JSON"),
+        ("[1]", "expected a JSON object"),
+        (raw_row("flawed") | {"side": "sunny"}, "side: "),
+        (raw_row("flawed", comply=3), "comply: "),
+        (raw_row("flawed", note="x"), "note: "),
+        (raw_row("flawed", prompt=7), "prompt: "),
+        (raw_row("flawed", prompt=[{"role": "user"}]), "prompt.0.content: "),
+        ({key: value for key, value in raw_row("flawed").items() if key != "push_back"}, "push_back: "),
     ],
 )
-def test_bad_row_names_file_line_and_key(tmp_path: Path, bad: dict, key: str) -> None:
-    """A row with a wrong value is refused with the file, its line and the key."""
-    path = tmp_path / "mine.jsonl"
-    path.write_text(f"{json.dumps(row())}\n\n{json.dumps(row(side='flawed') | bad)}\n")
+def test_bad_row_names_line_and_key(write: Callable[..., Path], bad: str | dict, words: str) -> None:
+    """A bad row is refused with the file, its line (blank ones counted) and the key, in one line."""
+    path = write(raw_row("clear"), "", bad)
     with pytest.raises(DataError) as caught:
         read_eval_pairs(path)
-    assert str(caught.value).startswith(f"{path}:3: {key}: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"pair_id": "a"\n', ":1: not JSON"),
-        ("[1]\n", ":1: expected a JSON object"),
-        ("", ": no rows"),
-        ("\n \n", ": no rows"),
-        ("{}\n", ":1: pair_id: "),
-    ],
-)
-def test_file_that_is_no_such_file(tmp_path: Path, text: str, words: str) -> None:
-    """A file of another kind is refused with its name and, where there is one, the line."""
-    path = tmp_path / "mine.jsonl"
-    path.write_text(text)
-    with pytest.raises(DataError) as caught:
-        read_eval_pairs(path)
-    assert str(caught.value).startswith(f"{path}{words}")
+    assert str(caught.value).startswith(f"{path}:3: {words}")
     assert "\n" not in str(caught.value)
 
 
-def test_unreadable_file_names_itself(tmp_path: Path) -> None:
-    """A file that is missing, a folder, or not UTF-8 is refused with its name."""
-    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
-    for name in ("absent.jsonl", ".", "latin.jsonl"):
-        with pytest.raises(DataError, match=str(tmp_path / name)):
-            read_eval_pairs(tmp_path / name)
+@pytest.mark.parametrize("rows", [[], [raw_row("clear")], [raw_row("clear"), raw_row("clear")]])
+def test_file_without_whole_pairs_names_itself(write: Callable[..., Path], rows: list) -> None:
+    """An empty file, a lone side and a doubled side are refused with the file's name."""
+    path = write(*rows)
+    with pytest.raises(DataError) as caught:
+        read_eval_pairs(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_unreadable_file_names_itself(tmp_path: Path, content: bytes | None) -> None:
+    """A file that is missing or not UTF-8 is refused with its name."""
+    path = tmp_path / "pairs.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_eval_pairs(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85"])
+def test_a_line_ends_only_in_a_newline(write: Callable[..., Path], odd: str) -> None:
+    """Unicode's other line ends, which JSON allows in a text and our own files hold raw, do not break a row."""
+    [(_, flawed)] = read_eval_pairs(write(raw_row("clear"), raw_row("flawed", comply=f"Yes.{odd}Done.")))
+    assert flawed.comply == f"Yes.{odd}Done."
+
+
+def test_an_empty_prompt_is_refused(write: Callable[..., Path]) -> None:
+    """A prompt without a message is a bad row, found before an engine is asked to score it."""
+    with pytest.raises(DataError, match=r":2: prompt"):
+        read_eval_pairs(write(raw_row("clear"), raw_row("flawed", prompt=[])))

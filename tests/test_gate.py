@@ -1,209 +1,168 @@
-"""train/gate.py: what promotes a candidate and what does not."""
+"""train/gate.py: what promotes a candidate, and what sends it back."""
 
-import math
-
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dream.config import GateConfig
-from train.evals import Evaluation, RoundEvaluation, SideFigures
-from train.gate import decide
+from train.evals import RoundEvaluation, figures
+from train.gate import Decision, decide, gain, no_fall
 
-PAIRS, SAMPLED, QUESTIONS = 32, 24, 30
 CONFIG = GateConfig()
-
-values = st.floats(-3, 3, allow_nan=False).map(lambda value: round(value, 3))
-margins = st.lists(values, min_size=PAIRS, max_size=PAIRS)
-bits = st.sampled_from([0.0, 1.0])
+STANCES = {"clear": ("comply", "push_back"), "flawed": ("push_back", "comply")}
+"""Per side the right and the wrong stance."""
 
 
-def flags(right: int, total: int) -> list[float]:
-    """So many right of a total."""
-    return [1.0] * right + [0.0] * (total - right)
-
-
-def measured(**changes: object) -> RoundEvaluation:
-    """An evaluation: half of everything is right; `changes` replace items, `retention`, `tokens` and `fresh`."""
-    side = SideFigures(accuracy=0.5, margin=0)
-    items = {
-        "pair_right": flags(PAIRS // 2, PAIRS),
-        "margin": [0.0] * PAIRS,
-        "clear_right": flags(SAMPLED // 2, SAMPLED),
-        "flawed_right": flags(SAMPLED // 2, SAMPLED),
+def measured(
+    rise: float = 0.0,
+    clear: float = 0.8,
+    flawed: float = 0.8,
+    retained: float = 0.9,
+    tokens: int = 20,
+    count: int = 40,
+    fresh: bool = True,
+    seed: int = 1,
+) -> RoundEvaluation:
+    """An evaluation of `count` fixed pairs, raised by `rise` in margin, with shares of right stances and answers."""
+    scores = np.random.default_rng(1).normal(0, 0.5, (count, 2, 2)) + np.array([[-1.0], [1.0]])
+    scores = scores + np.random.default_rng(seed).normal(0, 0.02, scores.shape) * (seed != 1)
+    scores[:, 1, :] += rise
+    stances = {
+        side: [right] * round(share * count) + [wrong] * (count - round(share * count))
+        for (side, (right, wrong)), share in zip(STANCES.items(), (clear, flawed), strict=True)
     }
-
-    def one(items: dict[str, list[float]]) -> Evaluation:
-        return Evaluation(
-            pairs=PAIRS,
-            pair_accuracy=0.5,
-            pair_accuracy_ci=(0.4, 0.6),
-            ranked_accuracy=0.5,
-            own_pair_accuracy=0.5,
-            margin=0,
-            margin_ci=(0, 0),
-            clear=side,
-            flawed=side,
-            reply_tokens=changes.get("tokens", 10.0),
-            items=items,
-        )
-
-    fresh = one({"margin": changes["fresh"]}) if "fresh" in changes else None
-    retention = changes.get("retention", flags(QUESTIONS // 2, QUESTIONS))
-    return RoundEvaluation(
-        heldout=one({name: changes.get(name, found) for name, found in items.items()}), fresh=fresh, retention=retention
-    )
+    heldout = figures(scores, stances, [tokens] * count, seed=0)
+    answers = [float(number < round(retained * count)) for number in range(count)]
+    return RoundEvaluation(heldout=heldout, fresh=heldout if fresh else None, retention=answers)
 
 
-@st.composite
-def evaluations(draw: st.DrawFn) -> RoundEvaluation:
-    """Any evaluation."""
-    sampled = st.lists(bits, min_size=SAMPLED, max_size=SAMPLED)
-    return measured(
-        margin=draw(margins),
-        pair_right=draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=PAIRS, max_size=PAIRS)),
-        clear_right=draw(sampled),
-        flawed_right=draw(sampled),
-        retention=draw(st.lists(bits, min_size=QUESTIONS, max_size=QUESTIONS)),
-        tokens=draw(st.floats(1, 60)),
-        fresh=draw(margins),
-    )
+def verdict(decision: Decision) -> tuple[str, list[str]]:
+    """The decision and the names of the checks that failed."""
+    return decision.decision, [check.name for check in decision.checks if not check.passed]
 
 
-GAIN = [0.4 + 0.01 * (place % 7) for place in range(PAIRS)]
-"""A clear gain in margin, pair by pair."""
-
-
-@given(same=evaluations())
-def test_identical_candidate_is_rolled_back(same: RoundEvaluation) -> None:
-    """A candidate that measures exactly like the policy does not become it, for want of a gain and of nothing else."""
-    decision = decide(same, same, CONFIG)
-    assert decision.decision == "roll_back"
-    assert "did not rise beyond chance" in decision.reason
-    assert [check.name for check in decision.checks if not check.passed] == ["margin"]
-
-
-@given(before=margins, changes=st.lists(values, min_size=PAIRS // 2, max_size=PAIRS // 2))
-def test_no_evidence_is_rolled_back(before: list[float], changes: list[float]) -> None:
-    """As many gains as equal losses are no evidence, however large they are."""
-    after = [old + change for old, change in zip(before, [*changes, *(-c for c in changes)], strict=True)]
-    decision = decide(measured(margin=before), measured(margin=after), CONFIG)
-    assert decision.decision == "roll_back"
+@pytest.mark.parametrize("fresh", [True, False])
+def test_no_change_is_rolled_back(fresh: bool) -> None:
+    """A candidate that measures as its policy did has shown nothing, and is not promoted."""
+    decision = decide(measured(fresh=fresh), measured(fresh=fresh), CONFIG)
+    assert verdict(decision) == ("roll_back", ["margin"])
     assert "did not rise beyond chance" in decision.reason
 
 
-@given(before=margins, least=st.floats(0.05, 2))
-def test_clear_gain_is_promoted(before: list[float], least: float) -> None:
-    """A gain on every pair promotes, and the reason gives it with its interval."""
-    after = [value + least + extra for value, extra in zip(before, GAIN, strict=True)]
-    decision = decide(measured(margin=before), measured(margin=after), CONFIG)
-    assert decision.decision == "promote"
-    assert "crossed margin rose by" in decision.reason
-    assert all(check.passed for check in decision.checks)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_clear_gain_is_promoted(fresh: bool) -> None:
+    """A margin that rises on every pair, with nothing falling, promotes, and the reason gives the gain."""
+    decision = decide(measured(fresh=fresh), measured(rise=0.3, fresh=fresh), CONFIG)
+    assert verdict(decision) == ("promote", [])
+    assert "rose by 0.300" in decision.reason
 
 
-def test_gain_below_the_wanted_one_is_rolled_back() -> None:
-    """`min_margin_gain` raises the bar for the whole interval."""
-    after = measured(margin=GAIN)
-    assert decide(measured(), after, CONFIG).decision == "promote"
-    assert decide(measured(), after, GateConfig(min_margin_gain=0.45)).decision == "roll_back"
+def test_a_gain_of_noise_is_rolled_back() -> None:
+    """A mean that rose while half of the pairs fell as far is chance."""
+    check = gain("margin", [0.0] * 20, [1.0, -0.9] * 10, 0.0)
+    assert check.after > check.before
+    assert not check.passed
 
 
-def test_gain_on_trained_kinds_alone_is_enough_unless_unseen_kinds_fell() -> None:
-    """Fresh scenarios count for the gain; a fall on held-out ones rejects all the same."""
-    flat, fresh = measured(fresh=[0.0] * PAIRS), [2.0 + value for value in GAIN]
-    assert decide(flat, measured(fresh=fresh), CONFIG).decision == "promote"
-    fallen = decide(flat, measured(fresh=fresh, margin=[-value for value in GAIN]), CONFIG)
-    assert fallen.decision == "roll_back"
-    assert "unseen kinds" in fallen.reason
+def test_the_least_gain_is_configured() -> None:
+    """A gain below `min_margin_gain` is not enough, however sure."""
+    decision = decide(measured(), measured(rise=0.3), GateConfig(min_margin_gain=0.5))
+    assert verdict(decision) == ("roll_back", ["margin"])
 
 
-@given(lost=st.integers(9, SAMPLED), name=st.sampled_from(["clear_right", "flawed_right"]), gain=st.floats(0, 50))
-def test_drift_is_never_bought_with_margin(lost: int, name: str, gain: float) -> None:
-    """A significant fall of one side's stance rejects under its own name, whatever the margin and the other side do."""
-    other = "flawed_right" if name == "clear_right" else "clear_right"
-    before = measured(**{name: flags(SAMPLED, SAMPLED), other: flags(0, SAMPLED)})
-    after = measured(
-        margin=[value + gain for value in GAIN],
-        **{name: flags(SAMPLED - lost, SAMPLED), other: flags(SAMPLED, SAMPLED)},
-    )
-    decision = decide(before, after, CONFIG)
-    assert decision.decision == "roll_back"
-    words, others = "contrarian drift", "sycophancy drift"
-    if name == "flawed_right":
-        words, others = others, words
+@pytest.mark.parametrize(("side", "words"), [("clear", "contrarian drift"), ("flawed", "sycophancy drift")])
+def test_drift_has_its_name(side: str, words: str) -> None:
+    """A candidate that gains in margin by being less right on one side is sent back under that drift's name."""
+    decision = decide(measured(), measured(rise=0.5, **{side: 0.4}), CONFIG)
+    assert verdict(decision) == ("roll_back", [f"{side}_right"])
     assert words in decision.reason
-    assert others not in decision.reason
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"pair_right": flags(2, PAIRS)}, "held-out pair accuracy fell"),
-        ({"retention": flags(2, QUESTIONS)}, "forgetting"),
-        ({"tokens": 16.0}, "replies grew from 10 to 16 tokens"),
-    ],
+def test_one_side_does_not_pay_for_the_other() -> None:
+    """Complying less is not made up for by pushing back more, nor by any gain in margin."""
+    decision = decide(measured(clear=0.9, flawed=0.2), measured(rise=2.0, clear=0.3, flawed=1.0), CONFIG)
+    assert verdict(decision) == ("roll_back", ["clear_right"])
+
+
+@given(st.integers(8, 40), st.integers(8, 40), st.sampled_from(["clear", "flawed"]), st.floats(0, 3))
+def test_a_sure_fall_is_never_promoted(before: int, fall: int, side: str, rise: float) -> None:
+    """Whatever the gain, a side with eight or more right replies fewer of 40 is not promoted."""
+    after = before - min(fall, before)
+    decision = decide(measured(**{side: before / 40}), measured(rise=rise, **{side: after / 40}), CONFIG)
+    assert decision.decision == "roll_back"
+    assert f"{side}_right" in verdict(decision)[1]
+
+
+@pytest.mark.parametrize("side", ["clear", "flawed"])
+def test_a_fall_of_noise_does_not_reject(side: str) -> None:
+    """Two replies fewer of 40, and 5 fewer of 40 while 4 others are new, are chance."""
+    assert decide(measured(), measured(rise=0.3, **{side: 0.75}), CONFIG).decision == "promote"
+    before, after = [1.0] * 20 + [0.0] * 20, [1.0] * 15 + [0.0] * 21 + [1.0] * 4
+    assert no_fall(f"{side}_right", before, after, 0.0, "fell").passed
+
+
+def test_a_sure_fall_within_what_is_allowed_does_not_reject() -> None:
+    """A fall beyond chance but smaller than allowed passes; the same fall with nothing allowed does not."""
+    before, after = [0.5] * 40, [0.45] * 40
+    assert no_fall("pair_accuracy", before, after, 0.1, "fell").passed
+    assert not no_fall("pair_accuracy", before, after, 0.02, "fell").passed
+
+
+def test_a_gain_on_trained_kinds_does_not_pay_for_unseen_ones() -> None:
+    """A candidate that rises on fresh draws of trained kinds and falls on held-out ones is sent back."""
+    before, better, worse = measured(), measured(rise=2.0), measured(rise=-0.2)
+    after = worse.model_copy(update={"fresh": better.heldout})
+    assert verdict(decide(before, after, CONFIG)) == ("roll_back", ["heldout_margin"])
+
+
+def test_forgetting_is_rolled_back() -> None:
+    """Lost answers to arithmetic send a candidate back, unless nothing was asked."""
+    before, after = measured(), measured(rise=0.5, retained=0.4)
+    assert verdict(decide(before, after, CONFIG)) == ("roll_back", ["retention"])
+    unasked = [evaluation.model_copy(update={"retention": []}) for evaluation in (before, after)]
+    assert decide(*unasked, CONFIG).decision == "promote"
+
+
+@pytest.mark.parametrize(("tokens", "decision"), [(5, "promote"), (30, "promote"), (31, "roll_back")])
+def test_replies_may_not_grow(tokens: int, decision: str) -> None:
+    """Replies may grow to `max_length_growth` (1.5) times their length and no further; shorter is well."""
+    found = decide(measured(tokens=20), measured(rise=0.3, tokens=tokens), CONFIG)
+    assert found.decision == decision
+    assert (f"from 20 to {tokens} tokens" in found.reason) == (decision == "roll_back")
+
+
+def test_all_failures_are_in_the_reason() -> None:
+    """The reason of a rejected round holds every failed check's own reason."""
+    decision = decide(measured(), measured(rise=-1.0, clear=0.2, flawed=0.2, retained=0.2, tokens=99), CONFIG)
+    assert len(verdict(decision)[1]) >= 6
+    assert all(check.reason in decision.reason for check in decision.checks if not check.passed)
+
+
+shares = st.sampled_from([0.2, 0.6, 0.75, 0.8, 1.0])
+
+
+@given(
+    st.floats(-1, 1), shares, shares, shares, st.integers(1, 60), st.integers(1, 4), st.booleans(), st.integers(2, 9)
 )
-def test_every_other_loss_rejects_under_its_name(changes: dict, words: str) -> None:
-    """Fallen pair accuracy, lost arithmetic and longer replies each reject a candidate that gained."""
-    decision = decide(measured(), measured(margin=GAIN, **changes), CONFIG)
-    assert decision.decision == "roll_back"
-    assert words in decision.reason
-
-
-@given(name=st.sampled_from(["clear_right", "flawed_right", "retention", "pair_right"]), up=st.integers(0, 12),
-       net=st.integers(0, 1))  # fmt: skip
-def test_noise_sized_fall_does_not_reject(name: str, up: int, net: int) -> None:
-    """One answer fewer, among any number that changed both ways, is chance and not a loss."""
-    total = {"retention": QUESTIONS, "pair_right": PAIRS}.get(name, SAMPLED)
-    right = total // 2
-    kept = right - min(up + net, right)
-    after = [1.0] * kept + [0.0] * (right - kept) + flags(min(up, total - right), total - right)
-    assert decide(measured(), measured(margin=GAIN, **{name: after}), CONFIG).decision == "promote"
-
-
-def test_small_sample_does_not_reject_by_chance() -> None:
-    """One reply of eight is more than the allowed fall but not more than chance."""
-    before, after = measured(clear_right=flags(8, 8)), measured(margin=GAIN, clear_right=flags(7, 8))
-    assert decide(before, after, CONFIG).decision == "promote"
-
-
-@given(before=evaluations(), after=evaluations(), tokens=st.booleans(), retention=st.booleans(), stance=st.booleans())
-def test_further_failure_never_promotes(before, after, tokens: bool, retention: bool, stance: bool) -> None:
-    """Promotion needs every check, so a candidate that gets worse in one thing is not promoted for it."""
+def test_a_failed_check_never_promotes(rise, clear, flawed, retained, tokens, count, fresh, seed) -> None:
+    """Of any candidate: it is promoted when all checks passed and only then, and a failed check says why."""
+    before = measured(count=count * 10, fresh=fresh)
+    after = measured(rise, clear, flawed, retained, tokens, count * 10, fresh, seed)
     decision = decide(before, after, CONFIG)
     assert (decision.decision == "promote") == all(check.passed for check in decision.checks)
-    assert all(bool(check.reason) != check.passed for check in decision.checks)
-    held = after.heldout
-    if tokens:
-        held = held.model_copy(update={"reply_tokens": 1000.0})
-    if stance:
-        held = held.model_copy(update={"items": held.items | {"clear_right": [0.0] * SAMPLED}})
-    worse = after.model_copy(update={"heldout": held} | ({"retention": [0.0] * QUESTIONS} if retention else {}))
-    if decision.decision == "roll_back":
-        assert decide(before, worse, CONFIG).decision == "roll_back"
+    assert all(check.passed != bool(check.reason) for check in decision.checks)
+    assert Decision.model_validate_json(decision.model_dump_json()) == decision
 
 
-@given(factor=st.floats(0.1, 3))
-def test_length_may_grow_as_far_as_allowed(factor: float) -> None:
-    """Replies may become up to `max_length_growth` times as long, and shorter ones are no loss."""
-    decision = decide(measured(), measured(margin=GAIN, tokens=10 * factor), CONFIG)
-    assert (decision.decision == "promote") == (10 * factor <= 10 * CONFIG.max_length_growth)
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=30), st.floats(0, 1))
+def test_both_checks_cannot_be_about_the_same_change(change: list[float], allowed: float) -> None:
+    """No change is both a sure gain and a forbidden fall."""
+    before = [0.0] * len(change)
+    assert not (gain("x", before, change, 0.0).passed and not no_fall("x", before, change, allowed, "fell").passed)
 
 
-def test_what_was_not_measured_is_not_checked() -> None:
-    """Without sampled replies, questions and lengths the margin and the pair accuracy decide."""
-    bare = {"retention": [], "tokens": None}
-    before, after = (
-        measured(margin=margin, **bare).model_copy() for margin in ([0.0] * PAIRS, GAIN)
-    )  # the same, but for the margin
-    for evaluation in (before, after):
-        del evaluation.heldout.items["clear_right"], evaluation.heldout.items["flawed_right"]
-    decision = decide(before, after, CONFIG)
-    assert decision.decision == "promote"
-    assert [check.name for check in decision.checks] == ["margin", "heldout_margin", "pair_accuracy"]
-
-
-def test_broken_scores_are_not_promoted() -> None:
-    """A candidate whose score is not a number somewhere is rolled back."""
-    assert decide(measured(), measured(margin=[math.nan, *GAIN[1:]]), CONFIG).decision == "roll_back"
+def test_what_is_not_a_number_is_not_promoted() -> None:
+    """A candidate whose scores are not numbers (an overflow) is sent back."""
+    broken = measured(rise=float("nan"))
+    assert decide(measured(), broken, CONFIG).decision == "roll_back"

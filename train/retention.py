@@ -35,5 +35,5 @@ async def retention(engine: Engine, count: int, seed: int) -> list[float]:
 
 def stated(text: str) -> int | None:
     """The number a reply gives: the last one of its first line, None when there is none."""
-    found = re.findall(r"\d+", text.strip().splitlines()[0]) if text.strip() else []
-    return int(found[-1]) if found else None
+    found = re.findall(r"-?\d+(?:\.\d+)?", text.strip().splitlines()[0]) if text.strip() else []
+    return int(float(found[-1])) if found and float(found[-1]).is_integer() else None

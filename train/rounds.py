@@ -7,8 +7,11 @@ A rejected candidate changes nothing: `policy.json` and the served weights stay 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from pydantic import ValidationError
 
 from dream.config import Config
 from dream.engine import Engine, mean
@@ -108,7 +111,7 @@ async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvalua
     """One turn: dream with the policy, train a candidate, serve and measure it, promote it or go back."""
     folder = loop.run / f"round_{number:02d}"
     await dream(loop, folder, number, policy)
-    pairs = list(contrast_pairs(read_log(folder / "pairs.jsonl", PreferencePair)))
+    pairs = stored_pairs(loop.run, number)
     dropped = drop_reasons(folder)
     rate = loop.config.train.learning_rate * 0.5**rejected
     candidate = train_candidate(loop, folder, number, policy, pairs, rate)
@@ -138,10 +141,8 @@ async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
     store = RoundStore(folder)
     try:
         if loop.data:
-            have = {pair.clear.pair_id for pair in store.pairs}
-            for pair in loop.data[number - 1 :: loop.config.rounds]:
-                if pair.clear.pair_id not in have:
-                    store.keep(pair)
+            for pair in share_of_data(loop, number)[len(store.pairs) :]:
+                store.keep(pair)
         else:
             dreamer = RoundDreamer(
                 loop.engine, loop.judge, store, loop.templates, loop.config,
@@ -153,6 +154,23 @@ async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
             raise DataError(f"round {number}: no pair was accepted ({reasons}); see {folder / 'dropped.jsonl'}")
     finally:
         store.close()
+
+
+def check_data(data: Sequence[ContrastPair], rounds: int) -> None:
+    """Refuses fewer given pairs than rounds, before any work.
+
+    Raises:
+        DataError: there are too few.
+    """
+    if 0 < len(data) < rounds:
+        raise DataError(f"--data: {len(data)} contrast pairs for {rounds} rounds; give more, or fewer --rounds")
+
+
+def share_of_data(loop: Loop, number: int) -> list[ContrastPair]:
+    """The pairs of `loop.data` that no earlier round trained on, in equal shares for the rounds that are left."""
+    used = {pair.clear.pair_id for earlier in range(1, number) for pair in stored_pairs(loop.run, earlier)}
+    left = [pair for pair in loop.data if pair.clear.pair_id not in used]
+    return left[: ceil(len(left) / (loop.config.rounds - number + 1))]
 
 
 def train_candidate(
@@ -234,12 +252,23 @@ def stored_evaluation(run: Path, number: int) -> RoundEvaluation:
 def read_policy(run: Path) -> Policy:
     """The accepted policy; the initial one where no round was promoted yet."""
     path = run / "policy.json"
-    return Policy.model_validate(read_json(path)) if path.exists() else Policy()
+    try:
+        return Policy.model_validate(read_json(path)) if path.exists() else Policy()
+    except ValidationError as error:
+        raise RunError(
+            f"{path}: not a policy file; restore it, or remove it to begin from the initial model"
+        ) from error
 
 
 def finished_rounds(run: Path) -> list[RoundResult]:
     """The results of the rounds that ended, in order."""
-    return [RoundResult.model_validate(read_json(path)) for path in sorted(run.glob("round_*/gate.json"))]
+    results = []
+    for path in sorted(run.glob("round_*/gate.json")):
+        try:
+            results.append(RoundResult.model_validate(read_json(path)))
+        except ValidationError as error:
+            raise RunError(f"{path}: not a gate file; restore it, or remove it to decide the round again") from error
+    return results
 
 
 def settle(run: Path) -> Policy:
@@ -295,7 +324,12 @@ def rejections(results: Sequence[RoundResult]) -> int:
 
 def exhausted(results: Sequence[RoundResult], config: Config) -> bool:
     """Whether so many rounds in a row were rejected that the loop ends."""
-    return rejections(results) > config.gate.max_rejections
+    return rejections(results) >= config.gate.max_rejections
+
+
+def stored_pairs(run: Path, number: int) -> list[ContrastPair]:
+    """The contrast pairs of a round."""
+    return list(contrast_pairs(read_log(run / f"round_{number:02d}" / "pairs.jsonl", PreferencePair)))
 
 
 def promoted_pairs(run: Path) -> list[ContrastPair]:
@@ -303,8 +337,7 @@ def promoted_pairs(run: Path) -> list[ContrastPair]:
     pairs: list[ContrastPair] = []
     for result in finished_rounds(run):
         if result.decision.decision == "promote":
-            path = run / f"round_{result.round:02d}" / "pairs.jsonl"
-            pairs += contrast_pairs(read_log(path, PreferencePair))
+            pairs += stored_pairs(run, result.round)
     return pairs
 
 

@@ -1,0 +1,531 @@
+"""dream/cli.py: what the commands print and write, and how they refuse what is wrong. No model is started."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import typer.main
+
+from dream import cli, doctor, tasks
+from dream.config import Config, GateConfig, load
+from dream.store import Log, RunFolder, write_json
+from dream.templates import load_all
+from train.evals import RoundEvaluation, figures, summary
+from train.gate import decide
+from train.rounds import Policy, RoundResult
+
+ROOT = Path(__file__).parent.parent
+SCENARIOS = ROOT / "prompts" / "scenarios"
+TEMPLATES = ("backup-copy", "recipe-scale", "sales-sheet")
+
+
+class Result(NamedTuple):
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Dream = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the prompts and a few of the templates, where starting an engine fails the test."""
+
+    def started(*args: object) -> None:
+        raise AssertionError("an engine was started")
+
+    pool = ModuleType("dream.pool")
+    pool.vllm_pool = started
+    monkeypatch.setitem(sys.modules, "dream.pool", pool)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    skipped = [path.name for path in SCENARIOS.glob("*.j2") if path.stem not in TEMPLATES]
+    shutil.copytree(ROOT / "prompts", tmp_path / "prompts", ignore=lambda *_: skipped)
+    return tmp_path
+
+
+@pytest.fixture
+def dream(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dream:
+    """Runs a command in this process."""
+
+    def call(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dream", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return Result(int(left.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(dream: Dream, folder: Path) -> Callable[..., str]:
+    """Runs a command that must end with code 2, one error line, and no file made; gives the line."""
+
+    def call(*words: object) -> str:
+        before = sorted(folder.rglob("*"))
+        result = dream(*words)
+        lines = [line for line in result.err.splitlines() if line.strip() and "  configuration " not in line]
+        assert (result.code, len(lines)) == (2, 1), result.err
+        assert lines[0].startswith("error: ")
+        assert result.out == ""
+        assert sorted(folder.rglob("*")) == before
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def model(folder: Path) -> str:
+    """An override that names a model folder, empty but for its config.json."""
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    return "model=./model"
+
+
+@pytest.fixture
+def edited(folder: Path) -> Callable[[str, str], int]:
+    """Replaces the first occurrence of a text in sales-sheet.j2 and gives its line."""
+
+    def edit(old: str, new: str) -> int:
+        path = folder / "prompts" / "scenarios" / "sales-sheet.j2"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        return text[: text.index(old)].count("\n") + 1
+
+    return edit
+
+
+def measured(rise: float) -> RoundEvaluation:
+    """An evaluation of ten pairs."""
+    scores = np.array([[[-1.0, -1.0], [0.5 + rise, 0.5 + rise]]] * 10)
+    stances = {"clear": ["comply"] * 10, "flawed": ["push_back"] * 10}
+    return RoundEvaluation(heldout=figures(scores, stances, [9] * 10, 0), fresh=None, retention=[1.0] * 5)
+
+
+@pytest.fixture
+def train_run(folder: Path, make_pair: Callable) -> Callable[[float], Path]:
+    """Makes a run folder of one finished round by hand; the round is promoted when `rise` is above zero."""
+
+    def make(rise: float) -> Path:
+        run = folder / "runs" / "mine"
+        before, after = measured(0), measured(rise)
+        pair = make_pair("p")
+        with RunFolder(run, tasks.manifest("train", Config(), Path("some.yaml"), [])):
+            write_json(run / "round_00" / "eval.json", before.model_dump())
+            write_json(run / "round_01" / "eval.json", after.model_dump())
+            log = Log(run / "round_01" / "pairs.jsonl")
+            log.append(pair.clear, pair.flawed)
+            log.close()
+            decision = decide(before, after, GateConfig())
+            result = RoundResult(
+                round=1, parent=0, learning_rate=1e-5, accepted=1, dropped={}, decision=decision, summary=summary(after)
+            )
+            write_json(run / "round_01" / "gate.json", result.model_dump())
+            for kind in ("adapter", "weights"):
+                write_json(run / "round_01" / "train" / kind / "file.json", kind)
+            policy = Policy(as_of=1)
+            if decision.decision == "promote":
+                train = "round_01/train"
+                policy = Policy(round=1, as_of=1, adapter=f"{train}/adapter", weights=f"{train}/weights")
+            write_json(run / "policy.json", policy.model_dump())
+        return run
+
+    return make
+
+
+def commands(command: Any, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The words of every command below a group."""
+    if not hasattr(command, "commands"):
+        return [words]
+    return [found for name, inner in command.commands.items() for found in commands(inner, (*words, name))]
+
+
+COMMANDS = commands(typer.main.get_command(cli.app))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`dream --help` imports neither torch, ray, vllm, numpy nor what builds on them."""
+    code = (
+        "import sys; sys.argv = ['dream', '--help']\n"
+        "from dream.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as left: assert not left.code\n"
+        "print(sorted({'torch', 'ray', 'vllm', 'numpy', 'sklearn', 'transformers', 'trl'} & set(sys.modules)))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert child.stdout.splitlines()[-1] == "[]"
+    assert "Usage: dream" in child.stdout
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_shows_an_example(dream: Dream, words: tuple[str, ...]) -> None:
+    """Every command's --help has an example of that very command."""
+    result = dream(*words, "--help")
+    assert result.code == 0
+    assert re.search(rf"Examples?:\s+dream {' '.join(words)}", result.out)
+
+
+@pytest.mark.parametrize("words", [(), ("judge",), ("templates",), ("runs",)])
+def test_groups_alone_show_their_help(dream: Dream, words: tuple[str, ...]) -> None:
+    """A group without a command shows what there is."""
+    result = dream(*words)
+    assert "Commands:" in result.out + result.err
+
+
+@pytest.mark.parametrize("command", ["generate", "train", "doctor", "eval --model m/m", "judge check x.jsonl"])
+def test_unknown_key_names_the_nearest(refused: Callable, folder: Path, command: str) -> None:
+    """An unknown key in a file is refused by every command that reads one, with the nearest known key."""
+    (folder / "mine.yaml").write_text("train: {learning_rte: 1}")
+    line = refused(*command.split(), "--config", "mine.yaml")
+    assert line == "error: mine.yaml: unknown key 'train.learning_rte'; did you mean 'train.learning_rate'?"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--set", "generate.pears=3"], "'generate.pears'; did you mean 'generate.pairs'?"),
+        (["--set", "train.beta=much"], "train.beta: "),
+        (["--set", "train.beta"], "--set train.beta: expected key=value"),
+        (["--set", "model.name=x"], "--set model.name=x: "),
+        (["--config", "absent.yaml"], "absent.yaml: "),
+        (["--config", "."], ".: cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_bad_configuration_is_refused(refused: Callable, command: str, words: list[str], named: str) -> None:
+    """A wrong key, type or file is refused with its name."""
+    assert named in refused(command, *words)
+
+
+@pytest.mark.parametrize("text", ["rounds: many", "rounds: [", "[1]"])
+def test_bad_configuration_file_is_refused(refused: Callable, folder: Path, text: str) -> None:
+    """A file with a wrong type, broken YAML or no mapping is refused with its name."""
+    (folder / "mine.yaml").write_text(text)
+    assert refused("train", "-c", "mine.yaml").startswith("error: mine.yaml: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--pairs", "0"),
+        ("generate", "--pairs", "-3"),
+        ("train", "--rounds", "0"),
+        ("train", "--rounds", "-1"),
+        ("templates", "preview", "sales-sheet", "-n", "0"),
+    ],
+)
+def test_counts_are_one_or_more(refused: Callable, words: tuple[str, ...]) -> None:
+    """Zero and less of anything is refused with the option's name and value."""
+    assert f"{words[-2]} {words[-1]}: " in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("that says we sold {{ said }}", "that says we sold {{ sed }}", "block clear uses 'sed'"),
+        ("that says we sold {{ said }}", "that says we sold {{ said }", "unexpected '}'"),
+        ("split: train", "split: sometimes", "split: "),
+        ("domains: [writing]", "domains: [writing: x: y]", "broken YAML"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "train", "templates list", "templates preview sales-sheet"])
+def test_bad_template_is_refused(refused, edited, command: str, old: str, new: str, words: str) -> None:
+    """A bad template is refused with its file, the line and what is wrong, by every command that reads it."""
+    number = edited(old, new)
+    found = re.search(r"scenarios/sales-sheet\.j2:(\d+): (.*)", refused(*command.split()))
+    assert words in found[2]
+    assert abs(int(found[1]) - number) <= (words == "broken YAML")  # YAML sees some mistakes on the next line only
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("{% block clear %}", "{% block sunny %}", "block clear is missing"),
+        ("said: \"{{ n }}\"", "said: \"{{ n }\"", "unexpected '}'"),
+        ("description: A", "description: \x07A", "not allowed"),
+    ],
+)  # fmt: skip
+def test_bad_template_without_a_line_is_refused(refused: Callable, edited, old: str, new: str, words: str) -> None:
+    """What has no line, or no printable one, is refused with the file's name, still in one line."""
+    edited(old, new)
+    line = refused("generate")
+    assert "scenarios/sales-sheet.j2:" in line
+    assert words in line
+
+
+@pytest.mark.parametrize("name", ["steering/push_back", "steering/system", "dreamer/background"])
+def test_bad_prompt_file_is_refused(refused: Callable, folder: Path, model: str, name: str) -> None:
+    """A broken prompt file, which is no scenario, is refused too before an engine starts."""
+    (folder / "prompts" / f"{name}.j2").write_text("{% if")
+    assert f"{name}.j2:1: " in refused("generate", "--set", model)
+
+
+def test_templates_check_names_every_bad_file(dream: Dream, edited, folder: Path) -> None:
+    """`templates check` goes on after a bad file and ends with code 2."""
+    edited("{{ said }}", "{{ sed }}")
+    (folder / "prompts" / "scenarios" / "blank.j2").write_text("")
+    result = dream("templates", "check")
+    assert result.code == 2
+    assert [word for word in ("sales-sheet.j2:", "blank.j2:1:", "2 of ") if word not in result.err] == []
+    assert "ok recipe-scale" in result.out
+
+
+def test_unknown_template_names_the_nearest(refused: Callable) -> None:
+    """A template that is not there is refused with the nearest name."""
+    assert "did you mean 'sales-sheet'?" in refused("templates", "show", "sales-shet")
+
+
+@pytest.mark.parametrize("command", ["generate", "train", "eval"])
+@pytest.mark.parametrize("name", ["./absent", "absent", "bundled:other"])
+def test_missing_model_is_refused(refused: Callable, command: str, name: str) -> None:
+    """A model folder or embedded model that is not there is refused with its name."""
+    words = ["--model", name] if command == "eval" else ["--set", f"model={name}"]
+    line = refused(command, *words)
+    assert line.startswith("error: model: ")
+    assert name in line
+
+
+def test_error_is_all_there_is_on_stderr(dream: Dream) -> None:
+    """A refusal is one line on stderr: no empty line, and no progress of what has not begun."""
+    assert len(dream("generate", "--set", "model=./absent").err.splitlines()) == 1
+
+
+def bad_rows(folder: Path) -> Path:
+    """A file whose second line is not what any command wants."""
+    path = folder / "rows.jsonl"
+    message = [{"role": "user", "content": "x"}]
+    row = {"pair_id": "p", "side": "clear", "prompt": message, "comply": "y", "push_back": "n"}
+    path.write_text(f"\n{json.dumps(row | {'side': 'sunny'})}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [("eval --model ./model --pairs", "side"), ("train --set model=./model --data", "side"), ("judge check", "")],
+)
+def test_bad_row_is_refused(refused: Callable, folder: Path, model: str, command: str, key: str) -> None:
+    """A data file with a bad row is refused with the line and key before an engine starts."""
+    assert f"rows.jsonl:2: {key}" in refused(*command.split(), bad_rows(folder))
+
+
+@pytest.mark.parametrize("command", ["eval --model ./model --pairs", "train --set model=./model --data", "judge check"])
+def test_missing_file_is_refused(refused: Callable, model: str, command: str) -> None:
+    """A data file that is not there is refused with its name."""
+    assert "absent.jsonl: no such file" in refused(*command.split(), "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "either --run DIR or --model M"),
+        (["--run", "r", "--model", "m"], "either --run DIR or --model M"),
+        (["--run", "r", "--adapter", "a"], "--adapter goes with --model"),
+        (["--run", "absent"], "absent: not a run folder"),
+        (["--model", "./model", "--adapter", "absent"], "--adapter absent: no adapter_config.json"),
+    ],
+)
+def test_eval_needs_one_policy(refused: Callable, model: str, words: list[str], named: str) -> None:
+    """`dream eval` takes a run or a model, an adapter only with a model, and only what is there."""
+    assert named in refused("eval", *words)
+
+
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_run_with_other_settings_is_refused(refused: Callable, edited, folder: Path, model: str, command: str) -> None:
+    """A run folder that was begun with other settings or templates is refused, and every difference is named."""
+    config, path = load(None, [model])
+    with RunFolder(folder / "mine", tasks.manifest(command, config, path, load_all())):
+        pass
+    edited("Great news", "Good news")
+    line = refused(command, "--out", "mine", "--set", model, "--set", "generate.temperature=0.9")
+    assert "generate.temperature (0.7 there, 0.9 now)" in line
+    assert "template.sales-sheet" in line
+
+
+def test_run_of_another_command_is_refused(refused: Callable, train_run, model: str) -> None:
+    """`dream generate` does not go on with a run of `dream train`."""
+    assert "was made by `dream train`" in refused("generate", "--out", train_run(0.0), "--set", model)
+
+
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_second_process_is_refused(refused: Callable, folder: Path, model: str, command: str) -> None:
+    """A run folder that another process works on is refused, and it stays as it is."""
+    config, path = load(None, [model])
+    with RunFolder(folder / "mine", tasks.manifest(command, config, path, load_all())):
+        assert "mine: another process" in refused(command, "--out", "mine", "--set", model)
+
+
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_out_that_is_no_run_folder_is_refused(refused: Callable, folder: Path, model: str, command: str) -> None:
+    """A file, or a folder with other things in it, is not taken for a run folder."""
+    (folder / "file").write_text("x")
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.txt").write_text("x")
+    assert "file: is a file" in refused(command, "--out", "file", "--set", model)
+    assert "other: not empty and not a run folder" in refused(command, "--out", "other", "--set", model)
+
+
+@pytest.mark.parametrize("words", [("runs", "show"), ("runs", "rollback", "--to", "0"), ("export", "--out", "x")])
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_what_is_no_run_is_refused(refused: Callable, folder: Path, words: tuple[str, ...], name: str) -> None:
+    """A folder that is not there or holds no manifest is refused with its name."""
+    (folder / "empty").mkdir()
+    assert f"{name}: not a run folder" in refused(*words, name)
+
+
+@pytest.mark.parametrize(
+    "words", [("runs", "list", "runs"), ("runs", "show", "runs/web"), ("eval", "--run", "runs/web")]
+)
+def test_manifest_of_something_else_is_no_traceback(dream: Dream, folder: Path, words: tuple[str, ...]) -> None:
+    """A manifest.json that is not ours is passed over or refused, never a traceback."""
+    write_json(folder / "runs" / "web" / "manifest.json", {"name": "a web page"})
+    assert dream(*words).code in (0, 2)
+
+
+def test_broken_policy_file_is_refused(refused: Callable, train_run) -> None:
+    """A policy.json that somebody edited badly is refused with its name."""
+    run = train_run(0.3)
+    (run / "policy.json").write_text('{"round": "one"}')
+    assert "policy.json" in refused("runs", "show", run)
+
+
+def test_runs_list(dream: Dream, train_run, folder: Path) -> None:
+    """`runs list` gives a line a run, does not follow `latest`, and writes the same as JSON."""
+    train_run(0.3)
+    result = dream("runs", "list", "--json", "deep/er/list.json")
+    assert " ".join(result.out.split()) == f"runs/mine train {Config().model} 1 rounds, 1 pairs, policy round_01"
+    [row] = json.loads((folder / "deep" / "er" / "list.json").read_text())
+    assert (row["run"], row["rounds"], row["pairs"], row["policy"]) == ("runs/mine", 1, 1, "round_01")
+
+
+@pytest.mark.parametrize(("rise", "word"), [(0.3, "promoted"), (0.0, "did not rise beyond chance")])
+def test_runs_show(dream: Dream, train_run, folder: Path, rise: float, word: str) -> None:
+    """`runs show` prints the rounds with the gate's decision and its reason, and writes them as JSON."""
+    result = dream("runs", "show", train_run(rise), "--json", "show.json")
+    assert result.code == 0
+    assert word in result.out
+    shown = json.loads((folder / "show.json").read_text())
+    assert shown["policy"]["round"] == (rise > 0)
+    assert (shown["baseline"]["pair_accuracy"], len(shown["rounds"])) == (1.0, 1)
+
+
+def test_rollback(dream: Dream, train_run, refused) -> None:
+    """`runs rollback` takes a promoted round or 0, deletes nothing, and refuses others with those there are."""
+    run = train_run(0.3)
+    assert "--to takes one of 0, 1" in refused("runs", "rollback", run, "--to", "2")
+    assert dream("runs", "rollback", run, "--to", "0").code == 0
+    assert json.loads((run / "policy.json").read_text())["round"] == 0
+    assert dream("runs", "rollback", run, "--to", "1").code == 0
+    assert json.loads((run / "policy.json").read_text())["weights"] == "round_01/train/weights"
+
+
+@pytest.mark.parametrize(("flags", "kind"), [((), "adapter"), (("--merged",), "weights")])
+def test_export(dream: Dream, train_run, folder: Path, flags: tuple[str, ...], kind: str) -> None:
+    """`export` copies the accepted policy's adapter, or its merged weights."""
+    result = dream("export", train_run(0.3), "--out", "new/policy", *flags)
+    assert (result.code, result.out) == (0, "new/policy\n")
+    assert json.loads((folder / "new" / "policy" / "file.json").read_text()) == kind
+
+
+def test_export_of_nothing_is_refused(refused: Callable, train_run) -> None:
+    """A run whose only round was rolled back has nothing to export."""
+    assert "no round was promoted" in refused("export", train_run(0.0), "--out", "x")
+
+
+def test_export_does_not_overwrite(refused: Callable, train_run, folder: Path) -> None:
+    """`export` refuses an --out that exists."""
+    run = train_run(0.3)
+    (folder / "there").mkdir()
+    assert "--out there: exists" in refused("export", run, "--out", "there")
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_export_that_cannot_be_is_no_traceback(dream: Dream, train_run, folder: Path, gone: bool) -> None:
+    """Weights that were deleted, and an --out below a file, are one error line."""
+    run = train_run(0.3)
+    (folder / "file").write_text("")
+    if gone:
+        shutil.rmtree(run / "round_01" / "train" / "adapter")
+    result = dream("export", run, "--out", "new" if gone else "file/below")
+    assert result.code in (1, 2)
+    assert result.err.startswith("error: ")
+
+
+def test_templates_list_and_show(dream: Dream, folder: Path) -> None:
+    """`templates list` names every template, also as JSON; `show` prints a file as it is."""
+    result = dream("templates", "list", "--json", "list.json")
+    rows = json.loads((folder / "list.json").read_text())
+    assert [row["name"] for row in rows] == list(TEMPLATES)
+    assert all(row["name"] in result.out for row in rows)
+    shown = dream("templates", "show", "sales-sheet").out
+    assert shown.endswith((SCENARIOS / "sales-sheet.j2").read_text())
+
+
+def test_templates_list_shows_brackets(dream: Dream, edited) -> None:
+    """Brackets in a description are text, not markup."""
+    edited("description: A newsletter", "description: '[b] A newsletter")
+    edited("the sales sheet.\n", "the sales sheet.'\n")
+    assert "[b]" in dream("templates", "list").out
+
+
+def test_templates_preview(dream: Dream) -> None:
+    """`templates preview` shows both sides of as many draws as asked for, the same each time, without a model."""
+    result = dream("templates", "preview", "sales-sheet", "-n", "3")
+    assert result.code == 0
+    starts = [line.split(":")[0].strip() for line in result.out.splitlines() if line]
+    assert starts == ["clear", "comply", "push_back", "flawed", "comply", "push_back"] * 3
+    assert dream("templates", "preview", "sales-sheet", "-n", "3").out == result.out
+
+
+def test_doctor_finds_all_well(dream: Dream, model: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor` prints a line a finding, ends with 0 when nothing is missing, and writes its findings as JSON."""
+    monkeypatch.setattr(doctor, "NEEDED", ("json",))
+    monkeypatch.setattr(doctor, "MIN_FREE_GB", 0)
+    result = dream("doctor", "--set", model, "--json", "doctor.json")
+    assert result.code == 0
+    findings = json.loads((folder / "doctor.json").read_text())
+    assert len(findings) == len(result.out.splitlines())
+    assert all(finding["good"] for finding in findings)
+    assert {"packages", "model", "templates", "disk"} <= {finding["name"] for finding in findings}
+
+
+def test_doctor_finds_what_is_missing(dream: Dream, edited, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor` looks at everything although some is missing, names it, and ends with 1."""
+    monkeypatch.setattr(doctor, "NEEDED", ("json", "no_such_package"))
+    edited("{{ said }}", "{{ sed }}")
+    result = dream("doctor", "--set", "model=./absent")
+    assert result.code == 1
+    missed = {line.split()[1].rstrip(":"): line for line in result.out.splitlines() if line.startswith("MISS")}
+    assert "no_such_package" in missed["packages"]
+    assert "./absent" in missed["model"]
+    assert "sales-sheet.j2:" in missed["templates"]
+
+
+def test_json_that_cannot_be_written_is_refused(dream: Dream, folder: Path) -> None:
+    """A --json that is a folder is one error line with the option's name."""
+    result = dream("runs", "list", "--json", folder)
+    assert result.code == 2
+    assert result.err.startswith(f"error: --json {folder}: ")
+
+
+def test_ctrl_c_says_how_to_go_on(dream: Dream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends a command with code 1 and a line on how to go on, not with a traceback."""
+
+    def stop(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "list_runs", stop)
+    result = dream("runs", "list")
+    assert result.code == 1
+    assert "goes on from here" in result.err

@@ -1,0 +1,454 @@
+"""train/rounds.py and dream.tasks.train: the whole loop on a scripted engine and a toy trainer, killed everywhere."""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from dream import config as configs
+from dream import tasks
+from dream.config import Config
+from dream.engine import ScriptedEngine
+from dream.errors import DataError, RunError, TrainingError
+from dream.inputs import read_contrast_pairs
+from dream.judge.combined import Judge, calibrated
+from dream.judge.planted import planted
+from dream.records import ContrastPair, Message, PreferencePair
+from dream.store import RunFolder, contrast_pairs, read_json, read_log, write_json
+from dream.terminal import Terminal
+from train import rounds
+from train.data import DpoSpec
+from train.rounds import Loop, Policy, RoundResult, finished_rounds, read_policy, roll_back, run_rounds
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+PAIRS = 2
+RATE = 1e-4
+
+
+class Killed(Exception):
+    """Stands for the process's sudden end."""
+
+
+def skill_of(weights: Path | None) -> float:
+    """How well the policy with these weights tells the sides apart; the initial one hardly does."""
+    return float(json.loads((weights / "skill.json").read_text())) if weights else 0.1
+
+
+class PolicyEngine(ScriptedEngine):
+    """A scripted engine that likes push-back on flawed directions and compliance on clear ones as its weights say."""
+
+    def __init__(self, write: Callable, likelihood: Callable) -> None:
+        super().__init__(write, self.score_plain)
+        self.likelihood, self.skill = likelihood, skill_of(None)
+
+    async def load_weights(self, folder: Path | None) -> None:
+        await super().load_weights(folder)
+        self.skill = skill_of(folder)
+
+    def score_plain(self, messages: Sequence[Message], reply: str) -> float:
+        """Plain prompts by skill; steering prompts, which the judge asks about, by the shared script."""
+        asked = re.search(
+            r"have (\d+) \w+ in the store\. Write a label that says (\d+) \w+\.$", messages[-1]["content"]
+        )
+        if not asked:
+            return self.likelihood(messages, reply)
+        pushes = re.search(r"\bnot\b|\bwrong\b", reply) is not None
+        return -3 + self.skill * (1 if pushes == (asked[1] != asked[2]) else -1)
+
+
+class World:
+    """A run folder; each `go` is a new process that works on it. `events` tells what was seen, with the weights served.
+
+    `skills` are those that training gives, round by round.
+    """
+
+    def __init__(self, run: Path, judge, templates, engine: Callable[[], PolicyEngine], settings, patch) -> None:
+        self.run, self.judge, self.templates, self.new_engine, self.settings = run, judge, templates, engine, settings
+        self.skills = [1.0, 2.0, 3.0, 4.0, 5.0]
+        self.lie = 0.0
+        self.specs: list[DpoSpec] = []
+        self.events: list[tuple[str, Path | None]] = []
+        self.kill, self.round = "", 0
+        patch.setattr(rounds, "write_json", self.write_json)
+
+    def config(self, **sections: dict | int) -> Config:
+        """Tiny sizes, and what a test changes."""
+        tiny = {
+            "rounds": 3,
+            "engine": {"dtype": "float32"},
+            "generate": {"pairs": PAIRS, "concurrency": 4, "dreamer": "slots", "general_share": 0},
+            "train": {"learning_rate": RATE, "flip_probability": 0.1},
+            "eval": {"heldout_pairs": 4, "fresh_pairs": 2, "sampled_scenarios": 1, "retention_questions": 1},
+            "judge": {"calibration_replies": 32, "signals": ["contrast"]},
+        }
+        return self.settings(**tiny | sections)
+
+    def go(self, *, kill: str = "", data: Sequence[ContrastPair] = (), **sections: dict | int) -> list[RoundResult]:
+        """Runs the loop; dies with `Killed` at the first event that contains `kill`."""
+        self.kill, self.round, self.engine = kill, 0, self.new_engine()
+        loop = Loop(
+            self.run, self.engine, self.judge, self.templates, self.config(**sections), "model", self.train, self, data
+        )
+        return asyncio.run(run_rounds(loop))
+
+    def see(self, event: str) -> None:
+        """Notes an event, and dies there if it is the one."""
+        self.events.append((event, self.engine.loaded[-1] if self.engine.loaded else None))
+        if self.kill and self.kill in event:
+            raise Killed(event)
+
+    def write_json(self, path: Path, value: object) -> None:
+        """What the loop writes, as an event before it is written."""
+        self.see(f"round {self.round}: writing {path.name}")
+        write_json(path, value)
+
+    def stage(self, text: str) -> None:
+        found = re.match(r"round (\d+): ", text)
+        self.round = int(found[1]) if found else 0
+        self.see(text)
+
+    def dreaming(self, progress) -> None:
+        self.see(f"round {self.round}: accepted {progress.accepted}")
+
+    def trained(self, line: str) -> None:
+        self.see(f"round {self.round}: {line}")
+
+    def ended(self, result: RoundResult) -> None:
+        self.see(f"round {result.round}: ended")
+
+    def train(self, spec: DpoSpec, folder: Path) -> None:
+        """A training step that appears whole: weights are one number, and the probes are scored as the engine would."""
+        self.see(f"round {self.round}: entering the trainer")
+        number = int(folder.name.removeprefix("round_"))
+        half = folder / ".train.tmp"
+        for part in ("adapter", "weights"):
+            (half / part).mkdir(parents=True, exist_ok=True)
+        (half / "weights" / "skill.json").write_text(str(self.skills[number - 1]))
+        self.see(f"round {self.round}: within the trainer")
+        engine = self.new_engine()
+        scores = {}
+        for when, skill in (("before", skill_of(None)), ("after", self.skills[number - 1])):
+            engine.skill = skill
+            scores[when] = [engine.score_plain(probe.messages, probe.reply) + self.lie for probe in spec.probes]
+        write_json(half / "probes.json", scores)
+        write_json(half / "ledger.json", {"summary": f"toy step of round {number}"})
+        half.rename(spec.out)
+        self.specs.append(spec)
+
+    def pairs(self, number: int) -> list[ContrastPair]:
+        """The stored pairs of a round."""
+        return list(contrast_pairs(read_log(self.run / f"round_{number:02d}" / "pairs.jsonl", PreferencePair)))
+
+    def used(self, rounds: int) -> list[str]:
+        """The ids of the pairs stored in so many rounds, sorted."""
+        return sorted(pair.clear.pair_id for number in range(1, rounds + 1) for pair in self.pairs(number))
+
+    def weights(self, number: int) -> Path | None:
+        """Where a round's weights are; None is the initial model."""
+        return self.run / f"round_{number:02d}" / "train" / "weights" if number else None
+
+    def served_at(self, event: str) -> Path | None:
+        """The weights that were served when something was seen last."""
+        return [weights for text, weights in self.events if event in text][-1]
+
+
+@pytest.fixture(scope="session")
+def quick_judge(run, engine, tiny_templates, settings_with) -> Judge:
+    """A judge without the signal that takes milliseconds a reply."""
+    return run(calibrated(engine, settings_with(judge={"signals": ["contrast"]}), planted(tiny_templates, 32, 1)))
+
+
+@pytest.fixture
+def world(tmp_path: Path, quick_judge, tiny_templates, script, likelihood, settings_with, monkeypatch) -> World:
+    """An empty run folder with all that a loop needs."""
+    return World(
+        tmp_path / "run",
+        quick_judge,
+        tiny_templates,
+        lambda: PolicyEngine(script, likelihood),
+        settings_with,
+        monkeypatch,
+    )
+
+
+def stored(results: Sequence[RoundResult]) -> list[dict]:
+    """The results as they are in files."""
+    return [result.model_dump(mode="json") for result in results]
+
+
+def decisions(results: Sequence[RoundResult]) -> list[str]:
+    """What the gate decided, round by round."""
+    return [result.decision.decision for result in results]
+
+
+def test_three_rounds_each_dream_with_the_last_promoted(world: World) -> None:
+    """A promoted round's weights are served to the next round's dreaming and are what it is trained from."""
+    results = world.go()
+    assert decisions(results) == ["promote"] * 3
+    assert [(result.round, result.parent, result.accepted) for result in results] == [(1, 0, 2), (2, 1, 2), (3, 2, 2)]
+    for number in (1, 2, 3):
+        assert world.served_at(f"round {number}: dreaming") == world.weights(number - 1)
+        assert world.served_at(f"round {number}: measuring") == world.weights(number)
+    adapters = [None, *(str(world.run / f"round_0{number}/train/adapter") for number in (1, 2))]
+    assert [spec.adapter for spec in world.specs] == adapters
+    assert read_policy(world.run) == Policy(
+        round=3, as_of=3, adapter="round_03/train/adapter", weights="round_03/train/weights"
+    )
+    assert world.engine.loaded[-1] == world.weights(3)
+
+
+def test_pairs_name_the_policy_that_dreamed_them(world: World) -> None:
+    """Every pair carries its policy's version, and no scenario or draw comes twice over the rounds."""
+    world.go()
+    found = {number: world.pairs(number) for number in (1, 2, 3)}
+    for number, pairs in found.items():
+        assert {pair.flawed.meta["policy"] for pair in pairs} == {f"round_{number - 1:02d}"}
+    ids = [pair.clear.pair_id for pairs in found.values() for pair in pairs]
+    assert len(set(ids)) == len(ids) == 3 * PAIRS
+    draws = [(pair.clear.meta["template"], pair.clear.meta["seed"]) for pairs in found.values() for pair in pairs]
+    assert len(set(draws)) == len(draws)
+
+
+def test_replay_comes_from_promoted_rounds(world: World) -> None:
+    """A round's rows hold its own pairs and some of promoted rounds, none of a rejected one."""
+    world.skills[1] = 0.0
+    world.go(train={"replay_share": 0.9, "learning_rate": RATE})
+    rows = [json.loads(line) for line in (world.run / "round_03" / "rows.jsonl").read_text().splitlines()]
+    assert {row["pair_id"].split("-")[0] for row in rows} == {"r1", "r3"}
+
+
+def test_rejected_round_changes_nothing(world: World) -> None:
+    """After a rejected round the policy and the served weights are the old ones and the learning rate is halved."""
+    world.skills[1] = 0.5
+    results = world.go()
+    assert decisions(results) == ["promote", "roll_back", "promote"]
+    assert [result.parent for result in results] == [0, 1, 1]
+    assert world.served_at("round 3: dreaming") == world.weights(1)
+    assert world.specs[2].adapter == world.specs[1].adapter == str(world.run / "round_01/train/adapter")
+    assert [spec.train.learning_rate for spec in world.specs] == [RATE, RATE, RATE / 2]
+    assert [result.learning_rate for result in results] == [RATE, RATE, RATE / 2]
+    assert read_policy(world.run).round == 3
+
+
+def test_rejected_last_round_leaves_policy_json(world: World) -> None:
+    """policy.json names the promoted round before and after a rejected one, and its weights are served at the end."""
+    world.skills[1] = 0.5
+    world.go(rounds=1)
+    before = read_json(world.run / "policy.json")
+    world.go(rounds=2)
+    assert read_json(world.run / "policy.json") | {"as_of": 1} == before
+    assert world.engine.loaded[-1] == world.weights(1)
+    assert (world.run / "round_02" / "train" / "weights").is_dir()
+
+
+def test_learning_rate_recovers_after_a_promotion(world: World) -> None:
+    """Each rejection in a row halves the rate, also over restarts; a promotion restores it."""
+    world.skills = [0.0, 0.0, 1.0, 2.0]
+    world.go(rounds=2, gate={"max_rejections": 9})
+    world.go(rounds=4, gate={"max_rejections": 9})
+    assert [spec.train.learning_rate for spec in world.specs] == [RATE, RATE / 2, RATE / 4, RATE]
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_loop_ends_after_max_rejections(world: World, allowed: int) -> None:
+    """After `max_rejections` rejected rounds in a row the loop ends, and running it again does not go on."""
+    world.skills = [1.0, 0.0, 0.0, 0.0, 0.0]
+    results = world.go(rounds=5, gate={"max_rejections": allowed})
+    assert decisions(results) == ["promote"] + ["roll_back"] * allowed
+    assert len(world.go(rounds=5, gate={"max_rejections": allowed})) == len(results)
+
+
+KILLS = {
+    "measuring the initial policy": "promoted",
+    "round 0: writing eval.json": "promoted",
+    "round 0: writing policy.json": "promoted",
+    "round 2: dreaming": "promoted",
+    "round 2: accepted 1": "promoted",
+    "round 2: training": "promoted",
+    "round 2: entering the trainer": "promoted",
+    "round 2: within the trainer": "promoted",
+    "round 2: toy step": "promoted",
+    "round 2: writing served.json": "rejected",
+    "round 2: measuring": "promoted",
+    "round 2: writing eval.json": "rejected",
+    "round 2: writing gate.json": "promoted rejected",
+    "round 2: writing policy.json": "promoted rejected",
+    "round 2: ended": "promoted rejected",
+}
+"""Where the process is killed, and how its second round ends."""
+
+
+@pytest.mark.parametrize(("kill", "second"), [(kill, end) for kill, ends in KILLS.items() for end in ends.split()])
+def test_killed_anywhere_the_same_command_goes_on(world: World, kill: str, second: str) -> None:
+    """Whatever was under way, the same command then yields the rounds, pairs and decisions of an undisturbed run."""
+    promoted = second == "promoted"
+    world.skills[1] = 2.0 if promoted else 0.5
+    with pytest.raises(Killed):
+        world.go(kill=kill)
+    results = world.go()
+    assert decisions(results) == ["promote", "promote" if promoted else "roll_back", "promote"]
+    assert [result.parent for result in results] == [0, 1, 2 if promoted else 1]
+    assert [result.learning_rate for result in results] == [RATE, RATE, RATE if promoted else RATE / 2]
+    assert [Path(spec.out).parent.name for spec in world.specs] == ["round_01", "round_02", "round_03"]
+    assert [len(world.pairs(number)) for number in (1, 2, 3)] == [PAIRS] * 3
+    assert len(set(world.used(3))) == 3 * PAIRS
+    assert world.served_at("round 3: dreaming") == world.weights(2 if promoted else 1)
+    assert read_policy(world.run).round == 3
+    assert stored(finished_rounds(world.run)) == stored(results)
+
+
+def test_finished_run_is_left_alone(world: World) -> None:
+    """Running a finished run again trains nothing, writes the same policy and serves it."""
+    results = world.go()
+    policy = read_policy(world.run)
+    assert stored(world.go()) == stored(results)
+    assert len(world.specs) == 3
+    assert read_policy(world.run) == policy
+    assert world.engine.loaded == [world.weights(3)]
+
+
+def test_more_rounds_are_added(world: World) -> None:
+    """`rounds` counts the finished ones too, so that a larger number continues a run."""
+    assert len(world.go(rounds=1)) == 1
+    assert decisions(world.go(rounds=2)) == ["promote"] * 2
+    assert len(world.specs) == 2
+
+
+def test_other_weights_in_the_engine_are_noticed(world: World) -> None:
+    """When the engine scores fixed texts unlike the trainer, the round ends in an error and nothing is decided."""
+    world.lie = 0.1
+    with pytest.raises(TrainingError, match="does not serve what was trained"):
+        world.go()
+    served = read_json(world.run / "round_01" / "served.json")
+    assert served["apart"] == pytest.approx(0.1)
+    assert finished_rounds(world.run) == []
+    assert read_policy(world.run).round == 0
+
+
+def test_rounding_is_not_taken_for_other_weights(world: World) -> None:
+    """A difference that rounding explains passes: less in float32 than in bfloat16."""
+    world.lie = 0.01
+    with pytest.raises(TrainingError):
+        world.go(rounds=1)
+    assert len(world.go(rounds=1, engine={"dtype": "bfloat16"})) == 1
+
+
+@pytest.mark.parametrize("to", [0, 1])
+def test_rollback_to_an_earlier_round(world: World, to: int) -> None:
+    """An earlier promoted round, or the initial model, is the policy again; the next round starts from it."""
+    world.go(rounds=2)
+    assert roll_back(world.run, to).round == to
+    assert read_policy(world.run).round == to
+    results = world.go(rounds=3)
+    assert world.served_at("round 3: dreaming") == world.weights(to)
+    assert results[2].parent == to
+    assert world.specs[2].adapter == (str(world.run / "round_01/train/adapter") if to else None)
+    assert (world.run / "round_02" / "train" / "weights").is_dir()
+
+
+def test_rollback_needs_a_promoted_round(world: World) -> None:
+    """A rejected round and one that never was are refused, with those there are; the policy stays."""
+    world.skills[1] = 0.0
+    world.go(rounds=2)
+    before = read_policy(world.run)
+    for number in (2, 3, -1):
+        with pytest.raises(RunError, match=rf"round {number} was not promoted; --to takes one of 0, 1$"):
+            roll_back(world.run, number)
+    assert read_policy(world.run) == before
+
+
+def ids(pairs: Sequence[ContrastPair]) -> list[str]:
+    """The pairs' ids."""
+    return [pair.clear.pair_id for pair in pairs]
+
+
+def test_data_is_shared_out_over_the_rounds(world: World, make_pair) -> None:
+    """With `--data` nothing is dreamed, and each given pair is trained on in one round."""
+    data = [make_pair(f"own-{number}") for number in range(7)]
+    world.go(data=data)
+    found = [ids(world.pairs(number)) for number in (1, 2, 3)]
+    assert [len(pairs) for pairs in found] == [3, 2, 2]
+    assert world.used(3) == sorted(ids(data))
+    assert not any("accepted" in event for event, _ in world.events)
+
+
+def test_data_that_was_being_shared_out_when_killed(world: World, make_pair) -> None:
+    """A kill before training does not store a given pair twice."""
+    data = [make_pair(f"own-{number}") for number in range(6)]
+    with pytest.raises(Killed):
+        world.go(data=data, kill="round 1: training")
+    world.go(data=data)
+    assert world.used(3) == sorted(ids(data))
+
+
+def test_data_is_not_used_twice_when_rounds_are_added(world: World, make_pair) -> None:
+    """A run that is continued with more rounds does not train again on pairs that an earlier round had."""
+    data = [make_pair(f"own-{number}") for number in range(8)]
+    world.go(data=data, rounds=2)
+    with suppress(DataError):  # saying that all pairs are used up is right too
+        world.go(data=data, rounds=4)
+    assert world.used(4) == sorted(set(world.used(4)))
+
+
+def test_too_few_pairs_for_the_rounds_are_refused_before_any_work(world: World, make_pair) -> None:
+    """Fewer given pairs than rounds are the user's error, and nothing is trained first."""
+    with pytest.raises(DataError):
+        world.go(data=[make_pair("own-1")], rounds=2)
+    assert world.specs == []
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, template_text, monkeypatch) -> Path:
+    """A working directory with its own tiny prompts and a folder that passes for a model."""
+    repository = Path(__file__).parent.parent / "prompts"
+    for path in repository.rglob("*.j2"):
+        if path.parent.name != "scenarios":
+            copy = tmp_path / "prompts" / path.relative_to(repository)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(path.read_text())
+    (tmp_path / "prompts" / "scenarios").mkdir()
+    for name, flaw, split in (("stock", "false_premise", "train"), ("kept", "missing_fact", "heldout")):
+        (tmp_path / "prompts" / "scenarios" / f"{name}.j2").write_text(template_text(name, flaw, split))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_runs_rounds(world: World, workplace: Path, make_pair) -> None:
+    """`dream.tasks.train` makes a run folder with manifest, rounds and policy, and takes `--data` files."""
+    data = workplace / "pairs.jsonl"
+    pairs = [make_pair(f"own-{number}") for number in range(4)]
+    data.write_text("".join(row.model_dump_json() + "\n" for pair in pairs for row in (pair.clear, pair.flawed)))
+    assert read_contrast_pairs(data) == pairs
+    config = configs.resolved(world.config(rounds=2, model=str(workplace / "model")))
+
+    @asynccontextmanager
+    async def opened(config: Config, model: str):
+        assert model == str(workplace / "model")
+        world.engine = world.new_engine()
+        yield world.engine
+
+    def train(out: Path | None) -> tuple[Path, list[RoundResult]]:
+        return tasks.train(config, Path("mine.yaml"), out, [data], Terminal(), open_engine=opened, trainer=world.train)
+
+    run, results = train(None)
+    world.run = workplace / run
+    assert run.parent == Path("runs")
+    assert (workplace / "runs" / "latest").resolve() == world.run
+    assert decisions(results) == ["promote"] * 2
+    assert read_json(run / "manifest.json")["kind"] == "train"
+    assert world.used(2) == sorted(ids(pairs))
+    assert stored(train(run)[1]) == stored(results)
+    assert len(world.specs) == 2
+    assert tasks.roll_back_run(run, 1).round == 1
+    assert tasks.policy_of(run, [])[1] == run / "round_01" / "train" / "weights"
+    with RunFolder(run, tasks.opened(run)), pytest.raises(RunError, match="another process"):
+        tasks.roll_back_run(run, 0)
+    assert tasks.export_policy(run, workplace / "mine", merged=True) == workplace / "mine"
+    assert skill_of(workplace / "mine") == world.skills[0]
