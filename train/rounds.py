@@ -93,6 +93,7 @@ class Loop(NamedTuple):
 
 async def run_rounds(loop: Loop) -> list[RoundResult]:
     """Runs the rounds that are missing; the results of all rounds, the earlier ones included."""
+    check_data(loop.data, loop.config.rounds)
     results = finished_rounds(loop.run)
     baseline = await evaluation(loop, loop.run / "round_00", "measuring the initial policy")
     policy = settle(loop.run)
