@@ -135,7 +135,7 @@ def train(
 
       dream train --rounds 1 --data runs/latest/round_01/pairs.jsonl
     """
-    from dream import tasks
+    from dream import runs, tasks
     from dream.terminal import Terminal
     from dream.terminal import out as stdout
 
@@ -143,7 +143,7 @@ def train(
     resolved, source = _load(config, overrides, {"rounds": rounds})
     with Terminal(_sources(source)) as terminal:
         path, _ = tasks.train(resolved, source, out, data or [], terminal, force_judge=force_judge)
-    shown = tasks.show_run(path)
+    shown = runs.show_run(path)
     stdout.print(f"run: {path}")
     _write(json_file, shown)
 
@@ -168,7 +168,7 @@ def evaluate(
 
       dream eval --model bundled:smollm2-135m-instruct --pairs my-pairs.jsonl
     """
-    from dream import tasks
+    from dream import runs, tasks
     from dream.terminal import Terminal, evaluation_table
 
     if (run is None) == (model is None):
@@ -177,7 +177,7 @@ def evaluate(
         raise ConfigError("dream eval: --adapter goes with --model; --run finds its own")
     with Terminal() as terminal:
         if run is not None:
-            resolved, weights = tasks.policy_of(run, overrides or [])
+            resolved, weights = runs.policy_of(run, overrides or [])
         else:
             resolved, _ = _load(config, overrides, {"model": model})
             weights = None
@@ -317,7 +317,7 @@ def runs_list(
 
     Example:  dream runs list
     """
-    from dream.tasks import list_runs
+    from dream.runs import list_runs
 
     rows = list_runs(folder)
     for row in rows:
@@ -332,7 +332,7 @@ def runs_show(run: Path, json_file: JsonOption = None) -> None:
 
     Example:  dream runs show runs/latest
     """
-    from dream.tasks import show_run
+    from dream.runs import show_run
 
     _write(json_file, show_run(run))
 
@@ -345,7 +345,7 @@ def runs_rollback(
 
     Example:  dream runs rollback runs/latest --to 1
     """
-    from dream.tasks import roll_back_run
+    from dream.runs import roll_back_run
 
     policy = roll_back_run(run, to)
     print(f"{run}: the policy is round {policy.round} again; `dream train --out {run}` goes on from it")
@@ -361,7 +361,7 @@ def export(
 
     Example:  dream export runs/latest --out my-model --merged
     """
-    from dream.tasks import export_policy
+    from dream.runs import export_policy
 
     print(export_policy(run, out, merged))
 

@@ -11,7 +11,7 @@ from dream.config import Config
 from dream.errors import DreamError
 from dream.hardware import bfloat16_is_fast, gpu_visible
 from dream.paths import data_folder, model_cache
-from dream.tasks import versions
+from dream.runs import versions
 
 NEEDED = ("torch", "transformers", "trl", "peft", "ray", "vllm", "datasets")
 MIN_FREE_GB = 5

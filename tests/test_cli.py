@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from dream import cli, doctor, tasks
+from dream import cli, doctor, runs
 from dream.config import Config, GateConfig, load
 from dream.store import Log, RunFolder, write_json
 from dream.templates import load_all
@@ -122,7 +122,7 @@ def train_run(folder: Path, make_pair: Callable) -> Callable[[float], Path]:
         run = folder / "runs" / "mine"
         before, after = measured(0), measured(rise)
         pair = make_pair("p")
-        with RunFolder(run, tasks.manifest("train", Config(), Path("some.yaml"), [])):
+        with RunFolder(run, runs.manifest("train", Config(), Path("some.yaml"), [])):
             write_json(run / "round_00" / "eval.json", before.model_dump())
             write_json(run / "round_01" / "eval.json", after.model_dump())
             log = Log(run / "round_01" / "pairs.jsonl")
@@ -345,7 +345,7 @@ def test_eval_needs_one_policy(refused: Callable, model: str, words: list[str], 
 def test_run_with_other_settings_is_refused(refused: Callable, edited, folder: Path, model: str, command: str) -> None:
     """A run folder that was begun with other settings or templates is refused, and every difference is named."""
     config, path = load(None, [model])
-    with RunFolder(folder / "mine", tasks.manifest(command, config, path, load_all())):
+    with RunFolder(folder / "mine", runs.manifest(command, config, path, load_all())):
         pass
     edited("Great news", "Good news")
     line = refused(command, "--out", "mine", "--set", model, "--set", "generate.temperature=0.9")
@@ -362,7 +362,7 @@ def test_run_of_another_command_is_refused(refused: Callable, train_run, model: 
 def test_second_process_is_refused(refused: Callable, folder: Path, model: str, command: str) -> None:
     """A run folder that another process works on is refused, and it stays as it is."""
     config, path = load(None, [model])
-    with RunFolder(folder / "mine", tasks.manifest(command, config, path, load_all())):
+    with RunFolder(folder / "mine", runs.manifest(command, config, path, load_all())):
         assert "mine: another process" in refused(command, "--out", "mine", "--set", model)
 
 
@@ -525,7 +525,7 @@ def test_ctrl_c_says_how_to_go_on(dream: Dream, monkeypatch: pytest.MonkeyPatch)
     def stop(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tasks, "list_runs", stop)
+    monkeypatch.setattr(runs, "list_runs", stop)
     result = dream("runs", "list")
     assert result.code == 1
     assert "goes on from here" in result.err

@@ -5,6 +5,7 @@ Every stage leaves a file that is complete or absent, so the same command after 
 A rejected candidate changes nothing: `policy.json` and the served weights stay those of the last promoted round.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -169,8 +170,8 @@ def check_data(data: Sequence[ContrastPair], rounds: int) -> None:
 
 def share_of_data(loop: Loop, number: int) -> list[ContrastPair]:
     """The pairs of `loop.data` that no earlier round trained on, in equal shares for the rounds that are left."""
-    used = {pair.clear.pair_id for earlier in range(1, number) for pair in stored_pairs(loop.run, earlier)}
-    left = [pair for pair in loop.data if pair.clear.pair_id not in used]
+    used = {pair.model_dump_json() for earlier in range(1, number) for pair in stored_pairs(loop.run, earlier)}
+    left = [pair for pair in loop.data if pair.model_dump_json() not in used]  # ids of two files may be the same
     return left[: ceil(len(left) / (loop.config.rounds - number + 1))]
 
 
@@ -228,7 +229,7 @@ async def prove_served(loop: Loop, folder: Path) -> None:
     apart = max(abs(a - b) for a, b in zip(trained["after"], served, strict=True))
     write_json(folder / "served.json", {**trained, "served": served, "largest_change": changed, "apart": apart})
     tolerance = 0.05 if loop.config.engine.dtype != "float32" else 0.005
-    if apart > tolerance:
+    if not apart <= tolerance:  # also when it is not a number
         raise TrainingError(
             f"{folder}: the engine does not serve what was trained: log-probabilities of fixed texts differ by "
             f"{apart:.3f} a token; see {folder / 'served.json'}"
@@ -264,7 +265,7 @@ def read_policy(run: Path) -> Policy:
 def finished_rounds(run: Path) -> list[RoundResult]:
     """The results of the rounds that ended, in order."""
     results = []
-    for path in sorted(run.glob("round_*/gate.json")):
+    for path in sorted(run.glob("round_*/gate.json"), key=lambda path: int(path.parent.name.removeprefix("round_"))):
         try:
             results.append(RoundResult.model_validate(read_json(path)))
         except ValidationError as error:
@@ -308,6 +309,10 @@ def roll_back(run: Path, number: int) -> Policy:
     there = sorted({0, *(result.round for result in results if result.decision.decision == "promote")})
     if number not in there:
         raise RunError(f"{run}: round {number} was not promoted; --to takes one of {', '.join(map(str, there))}")
+    unfinished = run / f"round_{len(results) + 1:02d}"
+    for name in ("train", "served.json", "eval.json"):  # these came from the policy that is left
+        if (unfinished / name).exists():
+            (unfinished / name).rename(unfinished / f"set_aside_{time.time_ns()}_{name}")
     policy = trained_policy(run, number).model_copy(update={"as_of": len(results)})
     write_json(run / "policy.json", policy.model_dump())
     return policy
