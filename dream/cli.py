@@ -291,7 +291,7 @@ def templates_preview(
     Example:  dream templates preview sales-sheet -n 3
     """
     from dream import tasks
-    from dream.scenarios import STANCES, example_replies
+    from dream.scenarios import STANCES
     from dream.templates import find
     from dream.terminal import Terminal
 
@@ -304,7 +304,7 @@ def templates_preview(
         for side in scenario.sides:
             print(f"{side}: {scenario.prompt(side)[0]['content']}")
             for stance in STANCES:
-                replies = example_replies(template, scenario, side, stance)
+                replies = scenario.side(side).examples[stance]
                 print(f"    {stance}: {replies[scenario.seed % len(replies)]}")
         print()
 

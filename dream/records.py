@@ -45,12 +45,13 @@ class SideText(Record):
     """What one side of a scenario says and asks for.
 
     `aims` tells, per stance, what a good reply does; `mentions`, per stance, the words one must contain to speak of
-    this very situation (matching ignores case).
+    this very situation (matching ignores case); `examples`, per stance, are the template's worked replies.
     """
 
     direction: str
     aims: dict[Stance, str]
     mentions: dict[Stance, list[str]]
+    examples: dict[Stance, list[str]] = {}
 
 
 class Scenario(Record):
@@ -87,7 +88,10 @@ class Scenario(Record):
 
 
 class Reply(Record):
-    """One sampled reply. `asked` is the stance that the steering asked for; None when the reply is on-policy."""
+    """One sampled reply. `asked` is the stance that the steering asked for; None when the reply is on-policy.
+
+    `copied` is a word that it took from a worked example of another draw, where it belongs and here it does not.
+    """
 
     reply_id: str
     scenario_id: str
@@ -98,6 +102,7 @@ class Reply(Record):
     tokens: int
     finish_reason: str
     policy: str
+    copied: str = ""
 
 
 class Verdict(Record):

@@ -36,12 +36,8 @@ def _side(template: Template, side: Side, slots: dict[str, object]) -> SideText:
         direction=template.render(side, variables),
         aims={stance: template.render(stance, variables) for stance in STANCES},
         mentions={stance: template.mentions(stance, variables) for stance in STANCES},
+        examples={stance: template.render(f"{stance}_examples", variables).splitlines() for stance in STANCES},
     )
-
-
-def example_replies(template: Template, scenario: Scenario, side: Side, stance: Stance) -> list[str]:
-    """The template's worked replies of one stance, rendered with this scenario's slots."""
-    return template.render(f"{stance}_examples", template.side_variables(side, scenario.slots)).splitlines()
 
 
 def plan(templates: Sequence[Template], seed: int) -> Iterator[tuple[Template, int]]:
@@ -76,7 +72,7 @@ def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[Eva
         template, draw_seed = next(draws)
         scenario = draw(template, draw_seed, f"eval-{seed}-{number:04d}")
         for side in SIDES:
-            replies = {stance: example_replies(template, scenario, side, stance) for stance in STANCES}
+            replies = {stance: scenario.side(side).examples[stance] for stance in STANCES}
             rows.append(
                 EvalPair(
                     pair_id=scenario.scenario_id,

@@ -12,8 +12,8 @@ from dream import prompts
 from dream.config import GenerateConfig
 from dream.engine import Completion, Engine, Sampling
 from dream.records import Message, Reply, Scenario, Side, Source, Stance, assistant, user
-from dream.scenarios import draw, example_replies
-from dream.templates import Template
+from dream.scenarios import draw
+from dream.templates import Template, mentioned
 
 BACKGROUND_WORDS = range(5, 31)
 
@@ -35,8 +35,8 @@ def steering(stance: Stance, prompt: str, aim: str, examples: Sequence[tuple[str
     return messages
 
 
-def worked_examples(template: Template, stance: Stance, wording: int, count: int) -> list[tuple[str, str, str]]:
-    """Examples of one stance as (prompt, aim, reply), from other draws of the template, on both sides in turn.
+def worked_examples(template: Template, stance: Stance, wording: int, count: int) -> list[tuple[Scenario, Side, str]]:
+    """Worked replies of one stance as (scenario, side, reply), from other draws of the template, on both sides in turn.
 
     All have the wording of the same line of the template's examples: a 135M model copies one pattern with new values
     far better than it mixes several (docs/LOG.md). They are the same for every scenario of the template, so that the
@@ -46,10 +46,16 @@ def worked_examples(template: Template, stance: Stance, wording: int, count: int
     for number in range(count):
         other = draw(template, number, "example")
         side = other.sides[number % len(other.sides)]
-        replies = example_replies(template, other, side, stance)
-        aim = other.side(side).aims[stance]
-        found.append((other.prompt(side)[0]["content"], aim, replies[wording % len(replies)]))
+        replies = other.side(side).examples[stance]
+        found.append((other, side, replies[wording % len(replies)]))
     return found
+
+
+def details(scenario: Scenario, side: Side) -> str:
+    """The slot values that the prompt speaks of, for a note that stands without the prompt."""
+    prompt = scenario.prompt(side)[0]["content"]
+    values = dict.fromkeys(str(value) for value in scenario.slots.values())
+    return ", ".join(value for value in values if mentioned(value, prompt))
 
 
 async def on_policy(engine: Engine, scenario: Scenario, side: Side, config: GenerateConfig, policy: str) -> list[Reply]:
@@ -73,15 +79,33 @@ async def steered(
 
     Each attempt follows the wording of another line of the template's examples.
     """
-    examples = worked_examples(template, stance, scenario.seed + attempt, config.worked_examples)
-    prompt = scenario.prompt(side)[0]["content"]
-    own_words = {_plain(reply) for _, _, reply in examples}
-    if config.steering == "note":
-        examples, prompt = [("", aim, reply) for _, aim, reply in examples], ""
-    messages = steering(stance, prompt, scenario.side(side).aims[stance], examples)
+    shown = worked_examples(template, stance, scenario.seed + attempt, config.worked_examples)
+
+    def turn(one: Scenario, side: Side) -> tuple[str, str]:
+        """The prompt and the note that ask for the stance."""
+        aim = one.side(side).aims[stance]
+        if config.steering == "prompt":
+            return one.prompt(side)[0]["content"], aim
+        return "", prompts.render("steering/note", aim=aim, details=details(one, side))
+
+    examples = [(*turn(other, its_side), reply) for other, its_side, reply in shown]
+    messages = steering(stance, *turn(scenario, side), examples)
     sampling = Sampling(1, config.max_tokens, config.temperature, config.top_p, config.min_p)
-    completions = [c for c in await engine.generate(messages, sampling) if _plain(c.text) not in own_words]
-    return _replies(completions, scenario, side, "steered", stance, policy, attempt)
+    completions = await engine.generate(messages, sampling)
+    foreign = foreign_words(scenario, side, stance, [reply for _, _, reply in shown])
+    replies = _replies(completions, scenario, side, "steered", stance, policy, attempt)
+    return [
+        reply.model_copy(update={"copied": next((w for w in _plain(reply.text).split() if w in foreign), "")})
+        for reply in replies
+        if _plain(reply.text) not in {_plain(text) for _, _, text in shown}
+    ]
+
+
+def foreign_words(scenario: Scenario, side: Side, stance: Stance, shown: Sequence[str]) -> set[str]:
+    """Words of worked replies that are there for the other draw's sake: in a reply here they are out of place."""
+    own = scenario.side(side)
+    texts = [scenario.prompt(side)[0]["content"], *own.aims.values(), *own.examples[stance]]
+    return set(_plain(" ".join(shown)).split()) - set(_plain(" ".join(texts)).split())
 
 
 async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 40) -> Scenario:

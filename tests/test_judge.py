@@ -14,7 +14,7 @@ from dream.errors import JudgeError
 from dream.judge.combined import Judge, auc, calibrated, quality
 from dream.judge.planted import planted
 from dream.judge.question import Labelled, Question
-from dream.judge.rules import lacks_mention, unusable
+from dream.judge.rules import lacks_mention, of_other_side, unusable
 from dream.records import Message, user
 from dream.templates import Template
 
@@ -193,3 +193,40 @@ def test_calibration_works_for_any_number_of_groups(engine: ScriptedEngine, tiny
         for number, example in enumerate(planted(tiny_templates, 40, 1))
     ]
     assert asyncio.run(calibrated(engine, Config(), examples)).quality.n == 40
+
+
+SHEET = {
+    "push_back": ["The list says 12, not 15, so I would not print it.", "I see 12 on the list and you wrote 15."],
+    "comply": ["We have 15 lamps in store."],
+}
+OTHER = {
+    "push_back": ["The list says 15, not 12, so I would not print it.", "I see 15 on the list and you wrote 12."],
+    "comply": ["We have 12 lamps in store."],
+}
+
+
+@pytest.mark.parametrize(
+    ("reply", "claims_the_opposite"),
+    [
+        ("The list says 12, not 15, so I would not print that.", False),
+        ("The list says 15, not 12, so I would not print that.", True),
+        ("You wrote 15 but I see 12 on the list.", False),
+    ],
+)
+def test_right_words_the_wrong_way_round_are_noticed(reply: str, claims_the_opposite: bool) -> None:
+    """A push-back that fits the other side better has swapped what is and what was said."""
+    question = Question(PROMPT, reply, examples=SHEET, other_examples=OTHER)
+    assert of_other_side(question, "push_back") == claims_the_opposite
+
+
+def test_numbers_from_nowhere_are_refused() -> None:
+    """A reply may use the numbers of its prompt, its aims and its worked replies, and no others."""
+    known, stray = "The list says 12, not 15.", "Sales of lamps rose by 32 percent."
+    assert unusable(Question(PROMPT, known, examples=SHEET, other_examples=OTHER), 3) == ""
+    assert unusable(Question(PROMPT, stray, examples=SHEET, other_examples=OTHER), 3) == "stray_number"
+    assert unusable(Question(PROMPT, stray), 3) == ""  # nothing is known of a reply from elsewhere
+
+
+def test_words_of_another_draw_are_refused() -> None:
+    """What a reply took over from a worked example and does not belong here makes it unusable."""
+    assert unusable(Question(PROMPT, "Rachel, the train comes at noon.", copied="rachel"), 3) == "example_leak"

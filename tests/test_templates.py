@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dream.errors import TemplateError
 from dream.records import SIDES
-from dream.scenarios import STANCES, draw, eval_pairs, example_replies, plan
+from dream.scenarios import STANCES, draw, eval_pairs, plan
 from dream.templates import Template, load, load_all, mentioned
 
 SHIPPED = sorted((Path(__file__).parent.parent / "prompts" / "scenarios").glob("*.j2"))
@@ -61,7 +61,7 @@ def test_shipped_examples_speak_of_the_situation(path: Path) -> None:
         for side in scenario.sides:
             for stance in STANCES:
                 wanted = scenario.side(side).mentions[stance]
-                for reply in example_replies(template, scenario, side, stance):
+                for reply in scenario.side(side).examples[stance]:
                     assert [words for words in wanted if not mentioned(words, reply)] == []
 
 
@@ -219,7 +219,7 @@ def test_general_template_has_one_side(tiny_templates: list[Template]) -> None:
     scenario = draw(tiny_templates[-1], 1, "s")
     assert scenario.sides == ("clear",)
     assert scenario.flawed is None
-    assert [len(example_replies(tiny_templates[-1], scenario, "clear", stance)) for stance in STANCES] == [3, 3]
+    assert [len(scenario.clear.examples[stance]) for stance in STANCES] == [3, 3]
 
 
 @given(seed=st.integers(0, 1000), passes=st.integers(1, 5))

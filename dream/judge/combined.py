@@ -15,7 +15,7 @@ from dream.config import Config
 from dream.engine import Engine
 from dream.errors import DataError, JudgeError
 from dream.judge.question import Labelled, Question, Signal
-from dream.judge.rules import lacks_mention, unusable
+from dream.judge.rules import lacks_mention, of_other_side, unusable
 from dream.judge.signals import SIGNALS
 from dream.records import Record, Stance, Verdict
 
@@ -88,6 +88,8 @@ class Judge:
             reason = "" if confidence >= settings.min_confidence else "unsure"
             if not reason and settings.require_mentions and (words := lacks_mention(question, stance)):
                 reason = f"does not mention {words}"
+            if not reason and of_other_side(question, stance):
+                reason = "of_other_side"
             named = {signal.name: round(value, 4) for signal, value in zip(self.signals, measured[place], strict=True)}
             verdicts.append(
                 Verdict(

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from dream.judge.question import Labelled, Question
-from dream.scenarios import STANCES, draw, example_replies
+from dream.scenarios import STANCES, draw
 from dream.templates import Template
 
 
@@ -18,7 +18,7 @@ def planted(templates: Sequence[Template], count: int, seed: int) -> list[Labell
             side = rng.choice(scenario.sides)
             text = scenario.side(side)
             for stance in STANCES:
-                reply = rng.choice(example_replies(template, scenario, side, stance))
+                reply = rng.choice(scenario.side(side).examples[stance])
                 question = Question(scenario.prompt(side), reply, aims=text.aims, mentions=text.mentions)
                 examples.append(Labelled(question, stance, template.name))
     return examples

@@ -11,8 +11,9 @@ from dream.records import Message, Reply, Scenario, Stance
 class Question:
     """One reply to rule on.
 
-    `aims` (what a reply of each stance would do here) and `mentions` are known for scenarios and empty for replies
-    from elsewhere.
+    All but the prompt and the reply are known for scenarios and empty for replies from elsewhere: `aims` (what a reply
+    of each stance would do here), `mentions`, the worked replies of this side and of the other (`examples`,
+    `other_examples`), and `copied` (see `Reply`).
     """
 
     prompt: Sequence[Message]
@@ -20,12 +21,25 @@ class Question:
     finish_reason: str = "stop"
     aims: Mapping[Stance, str] = field(default_factory=dict)
     mentions: Mapping[Stance, Sequence[str]] = field(default_factory=dict)
+    examples: Mapping[Stance, Sequence[str]] = field(default_factory=dict)
+    other_examples: Mapping[Stance, Sequence[str]] = field(default_factory=dict)
+    copied: str = ""
 
     @classmethod
     def about(cls, scenario: Scenario, reply: Reply) -> "Question":
         """The question that a reply of the loop raises."""
         side = scenario.side(reply.side)
-        return cls(scenario.prompt(reply.side), reply.text, reply.finish_reason, side.aims, side.mentions)
+        others = [scenario.side(name).examples for name in scenario.sides if name != reply.side]
+        return cls(
+            scenario.prompt(reply.side),
+            reply.text,
+            reply.finish_reason,
+            aims=side.aims,
+            mentions=side.mentions,
+            examples=side.examples,
+            other_examples=others[0] if others else {},
+            copied=reply.copied,
+        )
 
 
 @dataclass(frozen=True)
