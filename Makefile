@@ -12,12 +12,11 @@ demo: $(READY)  ## a real model dreams, is judged and is trained for three round
 	$(BIN)/dream generate
 	$(BIN)/dream train --rounds 3
 
-test: $(READY) lint types  ## everything CI runs
-	$(BIN)/python -m pytest -q tests -m "not model"
+test: lint types test-fast  ## everything CI runs
 	$(BIN)/python -m pytest -q tests -m model
 
 test-fast: $(READY)  ## the tests that need no model
-	$(BIN)/python -m pytest -q tests -m "not model"
+	$(BIN)/python -m pytest -q tests -m "not model" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
