@@ -43,7 +43,7 @@ from train.checkpoints import (
     rounded,
     whole_folder,
 )
-from train.data import DpoSpec, Encoded, Probe, encode, lay_out
+from train.data import DpoSpec, Encoded, Probe, chat_ids, encode, lay_out
 
 Report = Callable[[dict[str, Any]], None]
 Scores = list[tuple[float, float]]
@@ -265,9 +265,9 @@ def probe_scores(model: PreTrainedModel, tokenizer: Any, probes: Sequence[Probe]
     """Mean log-probability per reply token of each probe, computed in the model's own precision as an engine does."""
     scores = []
     for probe in probes:
-        head = tokenizer.apply_chat_template(probe.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        head = chat_ids(tokenizer, probe.messages, add_generation_prompt=True)
         reply = tokenizer(probe.reply, add_special_tokens=False)["input_ids"]
-        inputs = {name: value.to(model.device) for name, value in tensors([(list(head), [list(reply)])]).items()}
+        inputs = {name: value.to(model.device) for name, value in tensors([(head, [list(reply)])]).items()}
         scores.append(float(reply_logps(model, model.get_output_embeddings(), inputs)) / max(1, len(reply)))
     return scores
 
