@@ -51,6 +51,9 @@ OutOption = Annotated[
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 ForceOption = Annotated[bool, typer.Option("--force-judge", help="Go on although the judge errs too often.")]
+ChangedOption = Annotated[
+    bool, typer.Option("--allow-template-change", help="Continue a run whose templates were edited since.")
+]
 
 
 def main() -> None:
@@ -88,6 +91,7 @@ def generate(
     overrides: SetOption = None,
     json_file: JsonOption = None,
     force_judge: ForceOption = False,
+    allow_template_change: ChangedOption = False,
 ) -> None:
     """Dream contrast pairs: scenarios, replies, verdicts, pairs.jsonl.
 
@@ -104,10 +108,13 @@ def generate(
     _at_least_one("--pairs", pairs)
     resolved, source = _load(config, overrides, {"generate.pairs": pairs, "seed": seed})
     with Terminal(_sources(source)) as terminal:
-        path, summary = tasks.generate(resolved, source, out, terminal, force_judge=force_judge)
-    generate_table(summary)
+        path, summary, audit, diversity = tasks.generate(
+            resolved, source, out, terminal, force_judge=force_judge, allow_template_change=allow_template_change
+        )
+    generate_table(summary, audit, diversity)
     stdout.print(f"pairs: {path / 'round_01' / 'pairs.jsonl'}")
-    _write(json_file, {"run": str(path), **summary})
+    figures = {"audit": audit.model_dump(), "diversity": diversity.model_dump()}
+    _write(json_file, {"run": str(path), **summary, **figures})
     if summary["accepted"] < summary["wanted"]:
         raise DreamError(
             f"stopped short: {summary['accepted']} of {summary['wanted']} pairs after {summary['scenarios']} scenarios "
@@ -126,6 +133,7 @@ def train(
     overrides: SetOption = None,
     json_file: JsonOption = None,
     force_judge: ForceOption = False,
+    allow_template_change: ChangedOption = False,
 ) -> None:
     """Run rounds of dreaming and DPO, each with a gate and a way back.
 
@@ -142,7 +150,10 @@ def train(
     _at_least_one("--rounds", rounds)
     resolved, source = _load(config, overrides, {"rounds": rounds})
     with Terminal(_sources(source)) as terminal:
-        path, _ = tasks.train(resolved, source, out, data or [], terminal, force_judge=force_judge)
+        path, _ = tasks.train(
+            resolved, source, out, data or [], terminal,
+            force_judge=force_judge, allow_template_change=allow_template_change,
+        )  # fmt: skip
     shown = runs.show_run(path)
     stdout.print(f"run: {path}")
     _write(json_file, shown)
@@ -189,24 +200,30 @@ def evaluate(
 
 @judge_app.command("check")
 def judge_check(
-    file: Annotated[Path, typer.Argument(help="JSON Lines: prompt, response, label (comply or push_back).")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="JSON Lines: prompt, response, label (comply, push_back); default: the gold test half."),
+    ] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """How good the judge is on labelled replies.
+    """How good the judge is on labelled replies: each signal alone, all combined, and the worst mistakes.
 
-    Example:  dream judge check labelled.jsonl --json judge.json
+    Examples:
+
+      dream judge check
+
+      dream judge check labelled.jsonl --json judge.json --set judge.signals=[wording,contrast]
     """
     from dream import tasks
-    from dream.terminal import Terminal
+    from dream.terminal import Terminal, judge_table
 
     resolved, _ = _load(config, overrides)
     with Terminal() as terminal:
-        quality = tasks.check_judge(resolved, file, terminal)
-    for name, value in quality.model_dump().items():
-        print(f"{name:<11} {value}")
-    _write(json_file, quality.model_dump())
+        found = tasks.check_judge(resolved, file, terminal)
+    judge_table(found)
+    _write(json_file, found.combined.model_dump())
 
 
 @templates_app.command("list")
@@ -349,6 +366,17 @@ def runs_rollback(
 
     policy = roll_back_run(run, to)
     print(f"{run}: the policy is round {policy.round} again; `dream train --out {run}` goes on from it")
+
+
+@app.command()
+def report(run: Path) -> None:
+    """Write what a run did and how good its data is to report.html and report.json in its folder.
+
+    Example:  dream report runs/latest
+    """
+    from dream.report import write
+
+    print(write(run))
 
 
 @app.command()

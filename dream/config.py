@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,23 +84,78 @@ class GenerateConfig(Section):
     "Nucleus sampling of replies; below 1 the vocabulary is sorted at every token, which halves the speed on a CPU."
     min_p: float = Field(0.05, ge=0, lt=1)
     "Tokens less likely than this share of the likeliest one are never sampled."
+    mirror: bool = True
+    """Every accepted scenario gives a second pair where its template has `mirror`: the same two directions and four
+    replies under the mirrored situation, where each is right that was wrong."""
+    coverage: bool = True
+    "Draws take turns through kinds of flaw, domains and slot values; off, each draw throws dice."
+    near_duplicate: float = Field(0.8, gt=0, le=1)
+    """Scenarios as alike as this to a kept one of this or an earlier round are not dreamed (Jaccard of words and word
+    pairs). At .8 a draw that differs in one word is caught and one that differs in all slots passes (docs/LOG.md)."""
+    spare_share: float = Field(0.25, ge=0)
+    """Further pairs to dream, as a share of `pairs`, when the audit finds that directions or replies give right and
+    wrong away; the set is then chosen among all accepted ones."""
     concurrency: int = Field(48, ge=1)
     "Scenarios under way at once."
     max_scenarios_per_pair: int = Field(12, ge=1)
     "The command stops short after this many scenarios for each pair wanted."
 
 
-class JudgeConfig(Section):
-    """The judge: independent signals, combined and calibrated on labelled replies."""
+class ServerConfig(Section):
+    """An OpenAI-compatible server that is asked for verdicts."""
 
-    signals: list[Literal["contrast", "wording"]] = Field(["contrast", "wording"], min_length=1)
-    "The judges in use; see dream/judge/signals.py."
-    calibration_replies: int = Field(96, ge=16)
-    "Labelled replies (the templates' worked examples) on which the judge is calibrated when a run starts."
-    min_confidence: float = Field(0.8, ge=0.5, le=1)
-    "Below this probability the judge abstains."
-    require_mentions: bool = True
-    "A reply must speak of this very situation: the words its template's `mentions` name."
+    base_url: str
+    "Its address, e.g. `http://127.0.0.1:8000/v1`; without user or password, which would end up in manifests."
+    model: str
+    "The model it is asked for."
+    api_key_env: str = ""
+    "The environment variable that holds the key; empty where none is needed. The key itself is stored nowhere."
+    timeout_s: float = Field(60, gt=0)
+    "Seconds for one answer."
+    max_retries: int = Field(4, ge=0)
+    "Further attempts after a timeout, a 429 or a 5xx, with exponential back-off."
+    concurrency: int = Field(8, ge=1)
+    "Requests under way at once."
+    max_tokens: int = Field(1, ge=1)
+    "Tokens of an answer; models that think first need more, and `logprobs: false`."
+    logprobs: bool = True
+    "Ask for log-probabilities, which tell how sure the model is; off for servers that have none."
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> "ServerConfig":
+        if re.match(r"\w+://[^/]*@", self.base_url):
+            raise ValueError("base_url holds a user or password; name a variable in api_key_env instead")
+        return self
+
+
+class JudgeConfig(Section):
+    """The judge: signals that are combined and calibrated on the gold set, and checks that can object."""
+
+    signals: list[Literal["wording", "embedding", "structure", "contrast", "rubric", "server"]] = Field(
+        ["wording", "embedding", "structure"], min_length=1
+    )
+    """Judges, alone or combined. `wording`: n-grams. `embedding`: sentence embeddings. `structure`: mentions, likeness
+    to worked replies, counts. `contrast`: likelihood under either steering prompt. `rubric`: a verdict by constrained
+    choice, in every order of the labels. `server`: the rubric asked of `judge.server`. The first three need no language
+    model and stay the same in every round."""
+    model: str | None = None
+    "A second model that `contrast` and `rubric` ask; without it they ask the policy, and so move with it."
+    server: ServerConfig | None = None
+    "The server that `server` asks."
+    precision: float = Field(0.95, gt=0.5, le=1)
+    "The share of rulings that must be right; the judge abstains below the confidence at which calibration showed it."
+    checks: list[Literal["names_flaw", "does_work", "right_side"]] = ["names_flaw", "does_work", "right_side"]
+    """Objections by rule. `names_flaw`: a push-back speaks of the flaw that the template states. `does_work`: a
+    compliance does what was asked and does not only announce it. `right_side`: a reply does not claim what holds on the
+    other side."""
+    self_test_replies: int = Field(64, ge=16)
+    "Known-good and known-bad replies of the run's own templates that the judge must tell apart before it is used."
+
+    @model_validator(mode="after")
+    def _has_its_server(self) -> "JudgeConfig":
+        if "server" in self.signals and self.server is None:
+            raise ValueError("signals name `server`, but judge.server is not set")
+        return self
 
 
 class FilterConfig(Section):
@@ -111,6 +167,19 @@ class FilterConfig(Section):
     "Chosen and rejected may share at most this much (difflib ratio over words)."
     min_words: int = Field(3, ge=1)
     "Words in a reply."
+
+
+class AuditConfig(Section):
+    """How well a classifier may tell right from wrong by what should not tell: area under the ROC curve, out of fold."""
+
+    direction_auc: float = Field(0.65, ge=0.5, le=1)
+    "Clear or flawed, from the direction's words alone, on templates that it was not trained on."
+    reply_auc: float = Field(0.60, ge=0.5, le=1)
+    "Chosen or rejected, from the reply's words or embedding alone."
+    length_auc: float = Field(0.60, ge=0.5, le=1)
+    "Chosen or rejected, from the reply's length alone."
+    min_pairs: int = Field(12, ge=2)
+    "Smaller sets are not audited: chance alone would exceed the bounds."
 
 
 class LoraConfig(Section):
@@ -216,6 +285,7 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     judge: JudgeConfig = JudgeConfig()
     filters: FilterConfig = FilterConfig()
+    audit: AuditConfig = AuditConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     gate: GateConfig = GateConfig()

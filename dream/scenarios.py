@@ -9,24 +9,44 @@ from dream.templates import Template
 STANCES: tuple[Stance, Stance] = ("comply", "push_back")
 
 
-def draw(template: Template, seed: int, scenario_id: str) -> Scenario:
-    """The scenario that a template draws with this seed. A general template has no flawed side."""
-    slots = template.variables(seed)
+def draw(template: Template, seed: int, scenario_id: str, covered: bool = False) -> Scenario:
+    """The scenario that a template draws with this seed. A general template has no flawed side.
+
+    `covered` draws by the coverage plan: see `Template.variables`.
+    """
+    slots = template.variables(seed, covered)
     wanted: tuple[Side, ...] = ("clear",) if template.general else SIDES
     sides = {side: _side(template, side, slots) for side in wanted}
-    rng = random.Random(f"domain/{template.name}/{seed}")
     return Scenario(
         scenario_id=scenario_id,
         template=template.name,
         template_hash=template.hash,
         flaw=template.front.flaw,
-        domain=rng.choice(template.front.domains),
+        domain=template.domain(seed, covered),
         split=template.front.split,
         seed=seed,
         slots=slots,
         situation=template.render("situation", template.side_variables("clear", slots)),
         clear=sides["clear"],
         flawed=sides.get("flawed"),
+    )
+
+
+def mirrored(template: Template, scenario: Scenario) -> Scenario | None:
+    """The scenario in which the two directions change places: what was flawed is clear, word for word, and the other
+    way round. None where the template has no `mirror`."""
+    if scenario.flawed is None or not template.front.mirror:
+        return None
+    slots = template.mirrored(scenario.slots)
+    return scenario.model_copy(
+        update={
+            "scenario_id": f"{scenario.scenario_id}m",
+            "mirror_of": scenario.scenario_id,
+            "slots": slots,
+            "situation": template.render("situation", template.side_variables("clear", slots)),
+            "clear": scenario.flawed,
+            "flawed": scenario.clear,
+        }
     )
 
 

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +89,15 @@ class Log:
         """Forces what was appended to the disk."""
         os.fsync(self._file.fileno())
 
+    def replace(self, path: Path) -> None:
+        """Takes the place of another file, whole; further appends go there."""
+        self.sync()
+        try:
+            self.path.replace(path)
+        except OSError as error:
+            raise _storage_error(path, error) from error
+        self.path = path
+
     def close(self) -> None:
         """Syncs and closes."""
         self.sync()
@@ -135,23 +145,32 @@ def contrast_pairs(rows: Iterable[PreferencePair]) -> Iterator[ContrastPair]:
             yield ContrastPair(clear=clear, flawed=flawed)
 
 
+def drop_reasons(folder: Path) -> dict[str, int]:
+    """How often each reason dropped a scenario of a round, the commonest first."""
+    return dict(Counter(row.reason for row in read_log(folder / "dropped.jsonl", Dropped)).most_common())
+
+
 class RoundStore:
     """One round's folder while it is being dreamed."""
 
-    LOGS = ("scenarios", "replies", "verdicts", "pairs", "general", "dropped")
+    LOGS = ("scenarios", "replies", "verdicts", "pairs", "spare", "general", "dropped")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        mend_pairs(folder / "pairs.jsonl")
+        for name in ("pairs", "spare"):
+            mend_pairs(folder / f"{name}.jsonl")
         self._logs = {name: Log(folder / f"{name}.jsonl") for name in self.LOGS}
         self.pairs = list(contrast_pairs(read_log(folder / "pairs.jsonl", PreferencePair)))
+        kept = {pair.clear.pair_id for pair in self.pairs}
+        spare = contrast_pairs(read_log(folder / "spare.jsonl", PreferencePair))
+        self.spare = [pair for pair in spare if pair.clear.pair_id not in kept]
         self.general = list(read_log(folder / "general.jsonl", PreferencePair))
         self.dropped = list(read_log(folder / "dropped.jsonl", Dropped))
 
     @property
     def done(self) -> set[str]:
         """Ids of the scenarios that ended: kept, or dropped with a reason."""
-        kept = {pair.clear.meta["scenario_id"] for pair in self.pairs}
+        kept = {pair.clear.meta["scenario_id"] for pair in (*self.pairs, *self.spare)}
         kept |= {row.meta["scenario_id"] for row in self.general}
         return kept | {row.scenario_id for row in self.dropped}
 
@@ -164,6 +183,34 @@ class RoundStore:
         self._logs["pairs"].append(pair.clear, pair.flawed)
         self._logs["pairs"].sync()
         self.pairs.append(pair)
+
+    def keep_spare(self, pair: ContrastPair) -> None:
+        """Stores an accepted candidate that is not among the round's pairs: one too many, or dreamed for balance."""
+        self._logs["spare"].append(pair.clear, pair.flawed)
+        self._logs["spare"].sync()
+        self.spare.append(pair)
+
+    def exchange(self, chosen: list[ContrastPair]) -> None:
+        """Makes `chosen`, out of the pairs and the spare ones, the round's pairs; the others are spare.
+
+        What goes out is in spare.jsonl before pairs.jsonl is replaced, so a kill in between loses nothing.
+        """
+        ids = {pair.clear.pair_id for pair in chosen}
+        leaving = [pair for pair in self.pairs if pair.clear.pair_id not in ids]
+        staying_spare = [pair for pair in self.spare if pair.clear.pair_id not in ids]
+        for pair in leaving:
+            self._logs["spare"].append(pair.clear, pair.flawed)
+        self._logs["spare"].sync()
+        path = self.folder / "pairs.jsonl"
+        scratch = path.with_name(".pairs.jsonl.new")
+        scratch.unlink(missing_ok=True)  # a kill may have left one
+        fresh = Log(scratch)
+        for pair in chosen:
+            fresh.append(pair.clear, pair.flawed)
+        self._logs["pairs"].close()
+        fresh.replace(path)
+        self._logs["pairs"] = fresh
+        self.pairs, self.spare = list(chosen), [*staying_spare, *leaving]
 
     def keep_general(self, row: PreferencePair) -> None:
         """Stores an accepted general pair."""
@@ -182,13 +229,21 @@ class RoundStore:
             log.close()
 
 
+TEMPLATE_KEY = "template."
+"""How the settings in a manifest that are template hashes begin."""
+
+
 class RunFolder:
     """A run folder, owned by this process while the `with` block lasts."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        """`manifest` must hold `kind`, `fingerprint` and `settings` (flat keys); it is written if the run is new."""
+    def __init__(self, path: Path, manifest: dict[str, Any], allow_template_change: bool = False) -> None:
+        """`manifest` must hold `kind`, `fingerprint` and `settings` (flat keys); it is written if the run is new.
+
+        A run whose templates were edited since is refused, unless `allow_template_change`: then the manifest takes the
+        new hashes and keeps the old ones under `template_changes`.
+        """
         self.path = path.resolve()
-        self._wanted = manifest
+        self._wanted, self._allow_template_change = manifest, allow_template_change
 
     def __enter__(self) -> "RunFolder":
         if self.path.exists() and not self.path.is_dir():
@@ -219,12 +274,10 @@ class RunFolder:
         """Reads or writes the manifest; the lock is held."""
         path = self.path / "manifest.json"
         existing = read_json(path) if path.exists() else None
-        if existing is not None:
-            self._check_same(existing)
         self.continued = existing is not None
-        self.manifest = existing or self._wanted
-        if existing is None:
-            write_json(path, self._wanted)
+        self.manifest = self._continued(existing) if existing is not None else self._wanted
+        if self.manifest != existing:
+            write_json(path, self.manifest)
         _point_latest(self.path)
 
     def __exit__(
@@ -232,15 +285,34 @@ class RunFolder:
     ) -> None:
         self._lock.close()
 
-    def _check_same(self, existing: dict[str, Any]) -> None:
+    def note(self, key: str, value: Any) -> None:
+        """Adds something that was found out later to the manifest, such as how good the judge is."""
+        self.manifest = {**self.manifest, key: value}
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def _continued(self, existing: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of a run that goes on."""
         if existing.get("kind") != self._wanted["kind"]:
             raise RunError(f"{self.path}: was made by `dream {existing.get('kind')}`; choose another --out")
         if existing.get("fingerprint") == self._wanted["fingerprint"]:
-            return
+            return existing
         old, new = existing.get("settings", {}), self._wanted["settings"]
         keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in keys[:5])
-        raise RunError(f"{self.path}: was begun with other settings: {shown}; use those, or choose another --out")
+        if not all(key.startswith(TEMPLATE_KEY) for key in keys):
+            raise RunError(f"{self.path}: was begun with other settings: {shown}; use those, or choose another --out")
+        if not self._allow_template_change:
+            raise RunError(
+                f"{self.path}: templates changed since it was begun: {shown}; go on with --allow-template-change, put "
+                "the old templates back, or choose another --out"
+            )
+        changes = {key.removeprefix(TEMPLATE_KEY): [old.get(key), new.get(key)] for key in keys}
+        return {
+            **existing,
+            "settings": new,
+            "fingerprint": self._wanted["fingerprint"],
+            "template_changes": [*existing.get("template_changes", []), changes],
+        }
 
     def round_folder(self, number: int) -> Path:
         """`round_01` and so on."""

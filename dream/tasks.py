@@ -21,7 +21,10 @@ from dream.templates import Template
 from dream.terminal import Terminal
 
 if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` does without
-    from dream.judge.combined import Judge, Quality
+    from dream.audit import Audit
+    from dream.diversity import Diversity
+    from dream.judge.check import JudgeCheck
+    from dream.judge.combined import Judge
     from train.data import DpoSpec
     from train.evals import Evaluation
     from train.rounds import RoundResult
@@ -42,17 +45,38 @@ async def real_engine(config: Config, model: str) -> AsyncIterator[Engine]:
 async def engine_and_judge(
     config: Config, model: str, loaded: list[Template], terminal: Terminal, open_engine: OpenEngine, force: bool
 ) -> "AsyncIterator[tuple[Engine, Judge]]":
-    """An engine with the initial model (as `models.resolve` named it), and a judge that is calibrated on it."""
-    from dream.judge.combined import calibrated
+    """An engine with the initial model (as `models.resolve` named it), and a judge that is calibrated on the gold set
+    and has told known replies of the training templates apart."""
+    from dream.judge.combined import self_test
     from dream.judge.planted import planted
 
     terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
-    async with open_engine(config, model) as engine:
-        terminal.stage("calibrating the judge on replies whose stance is known")
-        known = planted(loaded, config.judge.calibration_replies, config.seed)
-        judge = await calibrated(engine, config, known, force)
-        terminal.judge(judge.quality)
+    async with open_engine(config, model) as engine, _judging_engine(config, engine, open_engine) as asked:
+        judge = await gold_judge(asked, config, terminal)
+        trained = [template for template in loaded if template.front.split == "train"]
+        found = await self_test(judge, planted(trained, config.judge.self_test_replies, config.seed), force)
+        terminal.judge(judge.quality, found)
         yield engine, judge
+
+
+@asynccontextmanager
+async def _judging_engine(config: Config, engine: Engine, open_engine: OpenEngine) -> AsyncIterator[Engine]:
+    """The engine that the judge asks: that of `judge.model`, or the policy's own."""
+    if config.judge.model is None:
+        yield engine
+        return
+    async with open_engine(config, models.resolve(config.judge.model)) as second:
+        yield second
+
+
+async def gold_judge(engine: Engine, config: Config, terminal: Terminal) -> "Judge":
+    """A judge that is calibrated on one half of the gold set and measured on the other."""
+    from dream.judge.combined import calibrated
+    from dream.judge.gold import halves, read_gold
+
+    terminal.stage("calibrating the judge on the gold set")
+    calibrate, test = halves([labelled for _, labelled in read_gold()])
+    return await calibrated(engine, config, calibrate, test)
 
 
 def generate(
@@ -62,9 +86,11 @@ def generate(
     terminal: Terminal,
     *,
     force_judge: bool = False,
+    allow_template_change: bool = False,
     open_engine: OpenEngine = real_engine,
-) -> tuple[Path, dict[str, Any]]:
-    """Dreams one round of pairs; the run folder and what it holds."""
+) -> "tuple[Path, dict[str, Any], Audit, Diversity]":
+    """Dreams one round of pairs; the run folder, what it holds, what it gives away and how various it is."""
+    from dream.embed import minilm
     from dream.generate import RoundDreamer
 
     loaded = templates.load_all()
@@ -72,23 +98,23 @@ def generate(
     model = models.resolve(config.model)
     path = out or store.new_run_path("generate")
 
-    async def work(run: store.RunFolder) -> RoundDreamer:
+    async def work(run: store.RunFolder) -> "tuple[dict[str, Any], Audit, Diversity]":
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
+            run.note("judge", judge.quality.model_dump())
             terminal.stage("dreaming")
             rounds = store.RoundStore(run.round_folder(1))
             try:
                 dreamer = RoundDreamer(
                     engine, judge, rounds, loaded, config,
-                    round_number=1, policy="round_00", on_progress=terminal.dreaming,
+                    round_number=1, policy="round_00", embed=minilm(), on_progress=terminal.dreaming,
                 )  # fmt: skip
-                await dreamer.run()
+                audit, diversity = await dreamer.run()
             finally:
                 rounds.close()
-            return dreamer
+            return dreamer.summary(), audit, diversity
 
-    with store.RunFolder(path, manifest("generate", config, config_file, loaded)) as run:
-        dreamer = asyncio.run(work(run))
-    return path, dreamer.summary()
+    with store.RunFolder(path, manifest("generate", config, config_file, loaded), allow_template_change) as run:
+        return path, *asyncio.run(work(run))
 
 
 def train(
@@ -99,11 +125,13 @@ def train(
     terminal: Terminal,
     *,
     force_judge: bool = False,
+    allow_template_change: bool = False,
     open_engine: OpenEngine = real_engine,
     trainer: "Callable[[DpoSpec, Path], None] | None" = None,
 ) -> "tuple[Path, list[RoundResult]]":
     """Runs the rounds; the run folder and the result of each round."""
     own_train_package()
+    from dream.embed import minilm
     from dream.inputs import read_contrast_pairs
     from train.rounds import Loop, check_data, run_rounds
 
@@ -114,13 +142,14 @@ def train(
     model = models.resolve(config.model)
     path = out or store.new_run_path("train")
 
-    async def work() -> "list[RoundResult]":
+    async def work(run: store.RunFolder) -> "list[RoundResult]":
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
+            run.note("judge", judge.quality.model_dump())
             step = trainer or (lambda spec, folder: train_in_child(spec, folder, terminal.training))
-            return await run_rounds(Loop(path, engine, judge, loaded, config, model, step, terminal, pairs))
+            return await run_rounds(Loop(path, engine, judge, loaded, config, model, step, terminal, minilm(), pairs))
 
-    with store.RunFolder(path, manifest("train", config, config_file, loaded)):
-        return path, asyncio.run(work())
+    with store.RunFolder(path, manifest("train", config, config_file, loaded), allow_template_change) as run:
+        return path, asyncio.run(work(run))
 
 
 def train_in_child(spec: "DpoSpec", folder: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
@@ -190,20 +219,28 @@ def evaluate(
     return asyncio.run(work())
 
 
-def check_judge(config: Config, file: Path, terminal: Terminal, open_engine: OpenEngine = real_engine) -> "Quality":
-    """How good the judge is on a file of labelled replies."""
+def check_judge(
+    config: Config, file: Path | None, terminal: Terminal, open_engine: OpenEngine = real_engine
+) -> "JudgeCheck":
+    """How good the judge is on a file of labelled replies, or on the test half of the gold set: combined, and each of
+    its signals alone."""
     from dream.inputs import read_labelled
-    from dream.judge.combined import quality, truth
+    from dream.judge.check import check
+    from dream.judge.gold import halves, read_gold
 
-    labelled = read_labelled(file)
-    loaded = templates.load_all()
-    model = models.resolve(config.model)
+    calibrate, test = halves([labelled for _, labelled in read_gold()])
+    labelled = read_labelled(file) if file else test
+    asks_a_model = {"contrast", "rubric"} & set(config.judge.signals)
 
-    async def work() -> "Quality":
-        async with engine_and_judge(config, model, loaded, terminal, open_engine, True) as (_, judge):
+    async def work() -> "JudgeCheck":
+        if not asks_a_model:
             terminal.stage(f"judging {len(labelled)} replies")
-            scores = await judge.scores([example.question for example in labelled])
-        return quality(scores, truth(labelled), config.judge.min_confidence, config.seed)
+            return await check(None, config, calibrate, labelled)
+        name = config.judge.model or config.model
+        terminal.stage(f"starting the engine with {name} ({config.engine.dtype})")
+        async with open_engine(config, models.resolve(name)) as engine:
+            terminal.stage(f"judging {len(labelled)} replies")
+            return await check(engine, config, calibrate, labelled)
 
     return asyncio.run(work())
 

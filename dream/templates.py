@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import random
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,11 @@ GENERAL = "none"
 MIN_EXAMPLES = 3
 MAX_RENDERED = 4_000
 """Characters one block may render to; more is a loop that does not end, or a mistake."""
+
+PLAN = 100_000
+"""Seeds of one plan of draws: `seed // PLAN` names the plan, `seed % PLAN` is the turn in it."""
+Picker = Callable[[Sequence[Any], Sequence[Any]], Any]
+"""Chooses one of some values that is not among those taken."""
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 
@@ -80,6 +86,9 @@ class FrontMatter(BaseModel):
     "Names with their values: a list, `{range: [low, high]}`, `{from: slot, not: slot}` or `{expr: ...}`."
     sides: dict[Literal["clear", "flawed"], dict[str, str]] = {}
     "Values that differ between the sides; each is a Jinja string over the slots."
+    mirror: list[tuple[str, str]] = []
+    """Slots whose values change places to make the mirrored scenario: its clear direction and replies are those of the
+    flawed side here, and the other way round, so that the very same texts are right once and wrong once."""
     mentions: dict[Literal["comply", "push_back"], list[str]] = {}
     "Per stance, Jinja strings that a reply must contain to speak of this very situation; `a|b` means either."
 
@@ -101,31 +110,40 @@ class Template:
     def general(self) -> bool:
         return self.front.flaw == GENERAL
 
-    def variables(self, seed: int) -> dict[str, Any]:
+    def variables(self, seed: int, covered: bool = False) -> dict[str, Any]:
         """Draws a value for every slot; the same seed draws the same values.
+
+        With `covered`, draws whose seeds follow one another (within a block of `PLAN`) take turns through the values of
+        each slot, in an order of their own for each slot, instead of throwing dice for every draw.
 
         Raises:
             TemplateError: a slot is malformed or cannot be drawn.
         """
-        rng = random.Random(f"{self.name}/{seed}")
         drawn: dict[str, Any] = {}
         for slot, spec in self.front.slots.items():
-            drawn[slot] = self._draw(slot, spec, drawn, rng)
+            if covered:
+                picker: Picker = _turns(f"{self.name}/{slot}/{seed // PLAN}", seed % PLAN)
+            else:
+                picker = _dice(f"{self.name}/{slot}/{seed}")
+            drawn[slot] = self._draw(slot, spec, drawn, picker)
         return drawn
 
-    def _draw(self, slot: str, spec: Any, drawn: dict[str, Any], rng: random.Random) -> Any:
+    def domain(self, seed: int, covered: bool = False) -> str:
+        """The domain of a draw."""
+        name, domains = f"{self.name}/domain", self.front.domains
+        picker = _turns(f"{name}/{seed // PLAN}", seed % PLAN) if covered else _dice(f"{name}/{seed}")
+        return str(picker(domains, []))
+
+    def _draw(self, slot: str, spec: Any, drawn: dict[str, Any], pick: "Picker") -> Any:
         where = f"{self.path}: slots.{slot}"
         if isinstance(spec, list):
-            return _pick(rng, spec, [], where)
+            return _picked(pick, spec, [], where)
         if not isinstance(spec, dict):
             raise TemplateError(f"{where}: expected a list, or a mapping with range, from or expr, got {spec!r}")
         if unknown := set(spec) - {"range", "step", "from", "not", "expr"}:
             raise TemplateError(f"{where}: unknown key {sorted(unknown)[0]!r}; use range, step, from, not or expr")
         if "expr" in spec:
-            try:
-                return ENVIRONMENT.compile_expression(str(spec["expr"]), undefined_to_none=False)(**drawn)
-            except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
-                raise TemplateError(f"{where}: cannot compute {spec['expr']!r}: {error}") from error
+            return self._compute(slot, spec, drawn)
         excluded = spec.get("not", [])
         others = [excluded] if isinstance(excluded, str) else excluded
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
@@ -137,13 +155,29 @@ class Template:
             source = self.front.slots.get(spec["from"]) if isinstance(spec["from"], str) else None
             if not isinstance(source, list):
                 raise TemplateError(f"{where}: `from: {spec['from']}` names no list slot")
-            return _pick(rng, source, taken, where)
+            return _picked(pick, source, taken, where)
         try:
             low, high = spec["range"]
             values: list[Any] = list(range(int(low), int(high) + 1, int(spec.get("step", 1))))
         except (KeyError, TypeError, ValueError) as error:
             raise TemplateError(f"{where}: expected range: [low, high], got {spec!r}") from error
-        return _pick(rng, values, taken, where)
+        return _picked(pick, values, taken, where)
+
+    def _compute(self, slot: str, spec: dict[str, Any], drawn: dict[str, Any]) -> Any:
+        try:
+            return ENVIRONMENT.compile_expression(str(spec["expr"]), undefined_to_none=False)(**drawn)
+        except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
+            raise TemplateError(f"{self.path}: slots.{slot}: cannot compute {spec['expr']!r}: {error}") from error
+
+    def mirrored(self, slots: dict[str, Any]) -> dict[str, Any]:
+        """The slots with the values of each `mirror` couple changed over and every `expr` computed again."""
+        swapped = dict(slots)
+        for one, other in self.front.mirror:
+            swapped[one], swapped[other] = slots[other], slots[one]
+        for slot, spec in self.front.slots.items():
+            if isinstance(spec, dict) and "expr" in spec:
+                swapped[slot] = self._compute(slot, spec, swapped)
+        return swapped
 
     def render(self, block: str, variables: dict[str, Any]) -> str:
         """Renders one block to a single line per source line, surrounding space stripped.
@@ -336,6 +370,7 @@ def _check_renders(template: Template) -> None:
                         )
         if template.general:
             continue
+        _check_mirror(template, slots)
         if texts["clear"] == texts["flawed"]:
             raise TemplateError(f"{path}: clear and flawed are equal for draw {seed}; make a slot or side differ")
         clear, flawed = (set(re.findall(r"\w+", texts[side].lower())) for side in ("clear", "flawed"))
@@ -346,6 +381,31 @@ def _check_renders(template: Template) -> None:
             )
 
 
+def _check_mirror(template: Template, slots: dict[str, Any]) -> None:
+    """Each side of the mirrored scenario must be the other side here, word for word, under another situation."""
+    front, path = template.front, template.path
+    if not front.mirror:
+        return
+    for slot in (slot for couple in front.mirror for slot in couple):
+        if slot not in front.slots or (isinstance(front.slots[slot], dict) and "expr" in front.slots[slot]):
+            raise TemplateError(f"{path}: mirror: {slot!r} is no slot that is drawn; name slots with values")
+    swapped = template.mirrored(slots)
+    for side, other in (("clear", "flawed"), ("flawed", "clear")):
+        here, there = template.side_variables(side, slots), template.side_variables(other, swapped)
+        for block in (side, "comply", "push_back", "comply_examples", "push_back_examples"):
+            block_there = other if block == side else block
+            text, text_there = template.render(block, here), template.render(block_there, there)
+            if text != text_there:
+                raise TemplateError(
+                    f"{path}: mirror: block {block} on the {side} side is not that of the mirrored {other} side: "
+                    f"{text.splitlines()[0]!r} / {text_there.splitlines()[0]!r}; swap more slots, or remove mirror"
+                )
+    if template.render("situation", template.side_variables("clear", slots)) == template.render(
+        "situation", template.side_variables("clear", swapped)
+    ):
+        raise TemplateError(f"{path}: mirror: the situation stays the same, so both directions would be right and wrong")
+
+
 def mentioned(words: str, text: str) -> bool:
     """Whether `text` contains one of the alternatives in `words` (`a|b`) as whole words, ignoring case."""
     return any(
@@ -353,11 +413,27 @@ def mentioned(words: str, text: str) -> bool:
     )
 
 
-def _pick(rng: random.Random, values: list[Any], taken: list[Any], where: str) -> Any:
-    free = [value for value in values if value not in taken]
-    if not free:
+def _picked(pick: Picker, values: list[Any], taken: list[Any], where: str) -> Any:
+    if all(value in taken for value in values):
         raise TemplateError(f"{where}: no values to draw from; list at least {len(taken) + 1}")
-    return rng.choice(free)
+    return pick(values, taken)
+
+
+def _dice(name: str) -> Picker:
+    """Draws by chance, seeded by a name."""
+    return lambda values, taken: random.Random(name).choice([value for value in values if value not in taken])
+
+
+def _turns(name: str, turn: int) -> Picker:
+    """Takes turns: every pass over the values visits each once, in a new order; taken ones are passed over."""
+
+    def pick(values: Sequence[Any], taken: Sequence[Any]) -> Any:
+        order = list(values)
+        random.Random(f"{name}/{turn // len(order)}").shuffle(order)
+        start = turn % len(order)
+        return next(value for value in order[start:] + order[:start] if value not in taken)
+
+    return pick
 
 
 def _error_line(error: BaseException) -> int:

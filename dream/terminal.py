@@ -12,8 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dream.audit import Audit
+    from dream.diversity import Diversity
     from dream.generate import Progress as DreamProgress
-    from dream.judge.combined import Quality
+    from dream.judge.check import JudgeCheck
+    from dream.judge.quality import Quality
     from train.evals import Evaluation
     from train.rounds import RoundResult
 
@@ -62,12 +65,20 @@ class Terminal:
         self._bar.reset(self._task, total=None, description=text, rate="", visible=True)
         self._last_line = time.monotonic()
 
-    def judge(self, quality: "Quality") -> None:
-        """How good the judge is."""
+    def judge(self, quality: "Quality", planted: "Quality") -> None:
+        """How good the judge is on the gold set's test half, and on known replies of the run's own templates."""
         self.line(
-            f"judge: AUC {quality.auc:.2f} [{quality.auc_ci[0]:.2f}, {quality.auc_ci[1]:.2f}], "
-            f"error {quality.error_rate:.0%}, unsure on {quality.abstained} of {quality.n} known replies"
+            f"judge: AUC {quality.auc:.2f} [{quality.auc_ci[0]:.2f}, {quality.auc_ci[1]:.2f}], error "
+            f"{quality.error_rate:.1%}, unsure on {quality.abstained} of {quality.n} gold replies; on planted ones "
+            f"error {planted.error_rate:.1%}, unsure on {planted.abstained} of {planted.n}"
         )
+
+    def audited(self, audit: "Audit") -> None:
+        """What the audit of a round's pairs found."""
+        from dream.audit import lines
+
+        for text in lines(audit):
+            self.line(text)
 
     def dreaming(self, progress: "DreamProgress") -> None:
         """A scenario ended."""
@@ -99,11 +110,14 @@ class Terminal:
             self.line(text)
 
 
-def generate_table(summary: dict[str, Any]) -> None:
-    """What a `dream generate` brought."""
+def generate_table(summary: dict[str, Any], audit: "Audit", diversity: "Diversity") -> None:
+    """What a `dream generate` brought: how many, why not more, what it gives away, how diverse it is."""
+    from dream.audit import lines
+
     out.print(
-        f"{summary['accepted']} of {summary['wanted']} contrast pairs and {summary['general']} general pairs from "
-        f"{summary['scenarios']} scenarios, {summary['tokens']} tokens in {summary['seconds']:.0f} s"
+        f"{summary['accepted']} of {summary['wanted']} contrast pairs ({summary['mirrored']} of them mirrored) and "
+        f"{summary['general']} general pairs from {summary['scenarios']} scenarios, {summary['tokens']} tokens in "
+        f"{summary['seconds']:.0f} s"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("dropped because")
@@ -112,8 +126,51 @@ def generate_table(summary: dict[str, Any]) -> None:
         table.add_row(reason, str(count))
     if summary["dropped"]:
         out.print(table)
-    if summary["starving"]:
-        out.print(f"kinds of flaw without a pair: {', '.join(summary['starving'])}")
+    for text in lines(audit):
+        out.print(escape(text), highlight=False)
+    vendi = "" if diversity.vendi_score is None else f", Vendi score {diversity.vendi_score:.1f}"
+    near = "" if diversity.nearest_similarity is None else f", nearest neighbour {diversity.nearest_similarity:.2f}"
+    out.print(
+        f"diversity: {len(diversity.flaws)} kinds of flaw, {len(diversity.domains)} domains, distinct-2 of prompts "
+        f"{diversity.prompt_distinct_2:.2f}, of replies {diversity.reply_distinct_2:.2f}{near}{vendi}",
+        highlight=False,
+    )
+    for what, names in (("kinds of flaw", summary["starving"]), ("templates", summary["starving_templates"])):
+        if names:
+            out.print(f"{what} without a pair: {', '.join(names)}")
+
+
+def judge_table(found: "JudgeCheck") -> None:
+    """`dream judge check`: every signal alone and all combined, the confusion matrix, the worst mistakes."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("judge", "n", "AUC [95 %]", "accuracy", "kappa", "abstained", "error rate"):
+        table.add_column(name, justify="left" if name == "judge" else "right")
+    for name, quality in [*found.alone.items(), ("combined", found.combined)]:
+        table.add_row(
+            name,
+            str(quality.n),
+            f"{quality.auc:.3f} [{quality.auc_ci[0]:.3f}, {quality.auc_ci[1]:.3f}]",
+            f"{quality.accuracy:.3f}",
+            f"{quality.kappa:.3f}",
+            str(quality.abstained),
+            f"{quality.error_rate:.3f}",
+        )
+    out.print(table)
+    confusion = Table(box=None, pad_edge=False, title="label (rows), ruling (columns)", title_justify="left")
+    confusion.add_column("")
+    for name in next(iter(found.combined.confusion.values())):
+        confusion.add_column(name, justify="right")
+    for label, counts in found.combined.confusion.items():
+        confusion.add_row(label, *map(str, counts.values()))
+    out.print(confusion)
+    for mistake in found.worst:
+        question = mistake.example.question
+        out.print(
+            f"{mistake.example.label}, taken for {mistake.said} at {mistake.probability:.2f}: {question.reply!r}\n"
+            f"    to {question.asked!r}",
+            highlight=False,
+            markup=False,
+        )
 
 
 def rounds_table(baseline: dict[str, Any] | None, results: "Sequence[RoundResult]", title: str) -> None:

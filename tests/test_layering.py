@@ -15,8 +15,8 @@ FLOORS = [
     {"dream", "dream.errors", "dream.records", "dream.hardware", "dream.config", "dream.paths", "dream.templates",
      "dream.prompts", "dream.store", "dream.models"},
     {"dream.engine", "dream.vllm_engine", "dream.pool"},
-    {"dream.scenarios", "dream.selfplay", "dream.judge", "dream.filters", "dream.generate",
-     "dream.inputs"},
+    {"dream.scenarios", "dream.selfplay", "dream.judge", "dream.filters", "dream.embed",
+     "dream.audit", "dream.diversity", "dream.demand", "dream.generate", "dream.inputs", "dream.logs", "dream.masking"},
 ]  # fmt: skip
 """From the ground up; `dream.report` and `dream.cli` are the top, and `train` stands on these floors beside them."""
 

@@ -6,7 +6,6 @@ A rejected candidate changes nothing: `policy.json` and the served weights stay 
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
@@ -14,14 +13,16 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
+from dream.audit import Audit
 from dream.config import Config
+from dream.embed import Embed
 from dream.engine import Engine, mean
 from dream.errors import DataError, RunError, TrainingError
 from dream.generate import Progress, RoundDreamer
 from dream.judge.combined import Judge
-from dream.records import ContrastPair, Dropped, PreferencePair, Record
+from dream.records import ContrastPair, PreferencePair, Record
 from dream.scenarios import eval_pairs
-from dream.store import Log, RoundStore, contrast_pairs, read_json, read_log, write_json
+from dream.store import Log, RoundStore, contrast_pairs, drop_reasons, read_json, read_log, write_json
 from dream.templates import Template
 from train.data import DpoSpec, Probe, round_rows
 from train.evals import RoundEvaluation, evaluate_round, summary
@@ -70,6 +71,9 @@ class Reporter(Protocol):
     def dreaming(self, progress: Progress) -> None:
         """A scenario ended."""
 
+    def audited(self, audit: Audit) -> None:
+        """What the audit of a round's pairs found."""
+
     def trained(self, line: str) -> None:
         """The ledger's line on a finished training step."""
 
@@ -88,6 +92,7 @@ class Loop(NamedTuple):
     model: str
     train: Trainer
     reporter: Reporter
+    embed: Embed | None = None
     data: Sequence[ContrastPair] = ()
     """Pairs to train on instead of dreaming, shared out over the rounds."""
 
@@ -148,9 +153,11 @@ async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
         else:
             dreamer = RoundDreamer(
                 loop.engine, loop.judge, store, loop.templates, loop.config,
-                round_number=number, policy=policy.version, on_progress=loop.reporter.dreaming,
+                round_number=number, policy=policy.version, embed=loop.embed,
+                on_progress=loop.reporter.dreaming,
             )  # fmt: skip
-            await dreamer.run()
+            audit, _ = await dreamer.run()
+            loop.reporter.audited(audit)
         if not store.pairs:
             reasons = ", ".join(f"{reason} {count}" for reason, count in drop_reasons(folder).items())
             raise DataError(f"round {number}: no pair was accepted ({reasons}); see {folder / 'dropped.jsonl'}")
@@ -361,8 +368,3 @@ def flip_probability(loop: Loop) -> float:
 
 def _inside(run: Path, relative: str | None) -> str | None:
     return str(run / relative) if relative else None
-
-
-def drop_reasons(folder: Path) -> dict[str, int]:
-    """How often each reason dropped a scenario of a round, the commonest first."""
-    return dict(Counter(row.reason for row in read_log(folder / "dropped.jsonl", Dropped)).most_common())

@@ -1,39 +1,47 @@
-"""The judge of a run: rules, then calibrated signals, with an error rate that is measured when the run starts.
+"""The judge of a run: rules, then signals combined into probabilities, with an error rate measured when it is made.
 
-Calibration is on labelled replies, split by template: signals that learn are fitted on the other templates' replies
-before they are measured on one template's, so the error rate is that of unseen wording. What it cannot tell is how
-unlike the model's own replies the labelled ones are; `dream judge check` measures that on any labelled file.
+It is calibrated on labelled replies, split by scenario: signals that learn are measured on replies they were not fitted
+on, a multinomial logistic regression turns all signals into probabilities, and the threshold below which the judge
+abstains is chosen there for a stated precision. Its error rate is that on the test half, which nothing was tuned on.
 """
 
-import math
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dream.config import Config
 from dream.engine import Engine
-from dream.errors import DataError, JudgeError
+from dream.errors import JudgeError
+from dream.judge.quality import STANCES, Quality, folds, push_back_scores, quality, threshold_for
 from dream.judge.question import Labelled, Question, Signal
-from dream.judge.rules import lacks_mention, of_other_side, unusable
-from dream.judge.signals import SIGNALS
-from dream.records import Record, Stance, Verdict
+from dream.judge.rules import CHECKS, unusable
+from dream.records import Verdict
 
-FOLDS = 4
+FOLDS = 5
 MAX_ERROR_RATE = 0.25
 """A judge that errs more often on known replies stops the run."""
+MIN_SURE = 0.2
+"""So does one that is sure of less than this share of them."""
 
 
-class Quality(Record):
-    """How good a judge is on labelled replies; rates are shares, `error_rate` of those it did not abstain on."""
+def signal(name: str, engine: Engine | None, config: Config) -> Signal:
+    """The signal of a name in `judge.signals`; `engine` is the one that the judge asks, if it asks one."""
+    if name in ("contrast", "rubric"):
+        from dream.judge import likelihood
 
-    n: int
-    auc: float
-    auc_ci: tuple[float, float]
-    accuracy: float
-    kappa: float
-    abstained: int
-    error_rate: float
+        assert engine is not None, "contrast and rubric ask an engine"
+        return likelihood.Contrast(engine) if name == "contrast" else likelihood.Rubric(engine)
+    if name == "server":
+        from dream.judge.server import Server
+
+        assert config.judge.server is not None, "the configuration checks that a server signal has a server"
+        return Server(config.judge.server)
+    from dream.judge.wording import make
+
+    return make(name)
 
 
 @dataclass
@@ -42,165 +50,153 @@ class Judge:
 
     signals: Sequence[Signal]
     config: Config
-    weights: np.ndarray
+    combine: Any
+    """The scikit-learn pipeline from signals, shape (n, columns), to probabilities."""
+    threshold: float
     quality: Quality
 
     async def measure(self, questions: Sequence[Question]) -> np.ndarray:
-        """What each signal says, shape (questions, signals)."""
+        """What the signals say, shape (questions, columns of all signals); nan where one has no answer."""
+        width = sum(len(one.columns) for one in self.signals)
         if not questions:
-            return np.zeros((0, len(self.signals)))
-        return np.stack([np.array(await signal.measure(questions)) for signal in self.signals], axis=1)
+            return np.zeros((0, width))
+        return np.hstack(await asyncio.gather(*(one.measure(questions) for one in self.signals)))
 
-    async def scores(self, questions: Sequence[Question]) -> np.ndarray:
-        """Probability that each reply pushes back, shape (questions,), whatever the rules say of it."""
-        return _probability(await self.measure(questions), self.weights)
+    async def probabilities(self, questions: Sequence[Question]) -> np.ndarray:
+        """Probability of each of `STANCES`, shape (questions, 3), whatever the rules say of the reply."""
+        return _probabilities(self.combine, await self.measure(questions))
 
     async def rule(self, reply_ids: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
         """One verdict a question. What the rules turn away is not shown to the signals."""
-        settings = self.config.judge
         refused = [unusable(question, self.config.filters.min_words) for question in questions]
-        if settings.require_mentions:
-            refused = [
-                reason or ("off_topic" if all(lacks_mention(q, stance) for stance in ("comply", "push_back")) else "")
-                for reason, q in zip(refused, questions, strict=True)
-            ]
         open_places = [place for place, reason in enumerate(refused) if not reason]
         features = await self.measure([questions[place] for place in open_places])
-        scores = dict(zip(open_places, _probability(features, self.weights), strict=True))
-        measured = dict(zip(open_places, features.tolist(), strict=True))
-        verdicts = []
-        for place, question in enumerate(questions):
-            if refused[place]:
-                verdicts.append(
-                    Verdict(
-                        reply_id=reply_ids[place],
-                        stance="neither",
-                        score=0.5,
-                        confidence=1.0,
-                        abstain=False,
-                        reason=refused[place],
-                    )
-                )
-                continue
-            score = float(scores[place])
-            stance: Stance = "push_back" if score > 0.5 else "comply"
-            confidence = max(score, 1 - score)
-            reason = "" if confidence >= settings.min_confidence else "unsure"
-            if not reason and settings.require_mentions and (words := lacks_mention(question, stance)):
-                reason = f"does not mention {words}"
-            if not reason and of_other_side(question, stance):
-                reason = "of_other_side"
-            named = {signal.name: round(value, 4) for signal, value in zip(self.signals, measured[place], strict=True)}
-            verdicts.append(
-                Verdict(
-                    reply_id=reply_ids[place],
-                    stance=stance,
-                    score=round(score, 4),
-                    confidence=round(confidence, 4),
-                    abstain=bool(reason),
-                    reason=reason,
-                    signals=named,
-                )
-            )
-        return verdicts
+        found = dict(zip(open_places, zip(features, _probabilities(self.combine, features), strict=True), strict=True))
+        return [
+            self._verdict(reply_id, question, *found[place]) if place in found else _turned_away(reply_id, reason)
+            for place, (reply_id, question, reason) in enumerate(zip(reply_ids, questions, refused, strict=True))
+        ]
 
-
-async def calibrated(engine: Engine, config: Config, examples: Sequence[Labelled], force: bool = False) -> Judge:
-    """A judge whose signals are fitted and weighed on labelled replies, with its measured error rate.
-
-    Raises:
-        JudgeError: it errs on more than a quarter of replies whose stance is known, unless `force`.
-    """
-    labels = truth(examples)
-    folds = _folds(examples)
-    questions = [example.question for example in examples]
-    columns = []
-    signals = [SIGNALS[name](engine) for name in config.judge.signals]
-    for signal in signals:
-        column = np.zeros(len(examples))
-        for fold in range(FOLDS) if signal.name == "wording" else ():
-            signal.fit([e for e, f in zip(examples, folds, strict=True) if f != fold])
-            places = np.flatnonzero(folds == fold)
-            column[places] = await signal.measure([questions[place] for place in places])
-        if signal.name != "wording":
-            column = np.array(await signal.measure(questions))
-        signal.fit(examples)
-        columns.append(column)
-    features = np.stack(columns, axis=1)
-    scores = np.zeros(len(examples))
-    for fold in range(FOLDS):
-        outside = folds != fold
-        scores[~outside] = _probability(features[~outside], _fit(features[outside], labels[outside]))
-    judge = Judge(
-        signals, config, _fit(features, labels), quality(scores, labels, config.judge.min_confidence, config.seed)
-    )
-    if judge.quality.error_rate > MAX_ERROR_RATE and not force:
-        raise JudgeError(
-            f"the judge errs on {judge.quality.error_rate:.0%} of {judge.quality.n} replies whose stance is known; "
-            "it cannot be trusted with this model and these templates. Use --force-judge to go on all the same"
+    def _verdict(self, reply_id: str, question: Question, features: np.ndarray, probabilities: np.ndarray) -> Verdict:
+        stance = STANCES[int(probabilities.argmax())]
+        confidence = float(probabilities.max())
+        reason = ""
+        if np.isnan(features).any():
+            reason = "no_answer"
+        elif confidence < self.threshold:
+            reason = "unsure"
+        elif stance != "neither":
+            objections = (CHECKS[name](question, stance) for name in self.config.judge.checks)
+            reason = next((objection for objection in objections if objection), "")
+        columns = [column for one in self.signals for column in one.columns]
+        return Verdict(
+            reply_id=reply_id,
+            stance=stance,
+            score=round(float(push_back_scores(probabilities[None])[0]), 4),
+            confidence=round(confidence, 4),
+            abstain=bool(reason),
+            reason=reason or ("judged_neither" if stance == "neither" else ""),
+            signals={
+                name: round(float(value), 4) for name, value in zip(columns, features, strict=True) if value == value
+            },
         )
+
+
+def _turned_away(reply_id: str, reason: str) -> Verdict:
+    return Verdict(reply_id=reply_id, stance="neither", score=0.5, confidence=1.0, abstain=False, reason=reason)
+
+
+async def calibrated(
+    engine: Engine | None, config: Config, examples: Sequence[Labelled], test: Sequence[Labelled] = ()
+) -> Judge:
+    """A judge whose signals are fitted and combined on `examples`, with its quality on `test`.
+
+    Without a test set the quality is that on `examples`, each scored by a judge that did not see its group.
+    """
+    labels = [one.label for one in examples]
+    fold = folds([one.group for one in examples], FOLDS)
+    signals = [signal(name, engine, config) for name in config.judge.signals]
+    features = np.hstack([await _unseen(one, examples, fold) for one in signals])
+    _check_answers(signals, features)
+    outside = np.zeros((len(examples), len(STANCES)))
+    for number in range(FOLDS):
+        held = fold == number
+        if held.any():
+            rest = [label for label, out in zip(labels, held, strict=True) if not out]
+            outside[held] = _probabilities(_combiner().fit(features[~held], rest), features[held])
+    threshold = threshold_for(outside, labels, config.judge.precision)
+    for one in signals:
+        one.fit(examples)
+    judge = Judge(
+        signals, config, _combiner().fit(features, labels), threshold, quality(outside, labels, threshold, config.seed)
+    )
+    if test:
+        judge.quality = await measured(judge, test)
     return judge
 
 
-def truth(examples: Sequence[Labelled]) -> np.ndarray:
-    """1.0 for push_back, 0.0 for comply, shape (examples,)."""
-    return np.array([example.label == "push_back" for example in examples], dtype=float)
+async def measured(judge: Judge, examples: Sequence[Labelled]) -> Quality:
+    """How good a judge is on labelled replies that it was not made with."""
+    probabilities = await judge.probabilities([one.question for one in examples])
+    return quality(probabilities, [one.label for one in examples], judge.threshold, judge.config.seed)
 
 
-def quality(scores: np.ndarray, labels: np.ndarray, min_confidence: float, seed: int = 0) -> Quality:
-    """Compares probabilities of push_back, shape (n,), with labels 0/1, shape (n,).
+async def self_test(judge: Judge, planted: Sequence[Labelled], force: bool = False) -> Quality:
+    """How the judge does on known-good and known-bad replies for a run's own templates.
 
     Raises:
-        DataError: all labels are the same, so that nothing can be told apart.
+        JudgeError: it cannot tell them apart, unless `force`.
     """
-    if len(set(labels.tolist())) < 2:
-        raise DataError("the labelled replies need both labels, comply and push_back")
-    sure = np.maximum(scores, 1 - scores) >= min_confidence
-    wrong = (scores > 0.5) != (labels > 0.5)
-    rng = np.random.default_rng(seed)
-    resampled = [auc(scores[places], labels[places]) for places in rng.integers(0, len(labels), (200, len(labels)))]
-    agreement = 1 - wrong.mean()
-    said, true = (scores > 0.5).mean(), labels.mean()
-    chance = said * true + (1 - said) * (1 - true)
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Quality(
-        n=len(labels),
-        auc=round(auc(scores, labels), 4),
-        auc_ci=(round(float(low), 4), round(float(high), 4)),
-        accuracy=round(float(agreement), 4),
-        kappa=round(float((agreement - chance) / (1 - chance)) if chance < 1 else 0.0, 4),
-        abstained=int((~sure).sum()),
-        error_rate=round(float(wrong[sure].mean()) if sure.any() else 0.5, 4),
+    found = await measured(judge, planted)
+    sure = 1 - found.abstained / found.n
+    if (found.error_rate > MAX_ERROR_RATE or sure < MIN_SURE) and not force:
+        raise JudgeError(
+            f"the judge cannot tell known replies of these templates apart: it is sure of {sure:.0%} of {found.n} and "
+            f"errs on {found.error_rate:.0%} of those. Try other judge.signals or a judge.model, look at the "
+            "templates' worked replies (`dream templates preview NAME`), or use --force-judge to go on all the same"
+        )
+    return found
+
+
+async def _unseen(one: Signal, examples: Sequence[Labelled], fold: np.ndarray) -> np.ndarray:
+    """What a signal says of each example when it was fitted on the other folds, shape (examples, columns)."""
+    if not one.learns:
+        return await one.measure([example.question for example in examples])
+    found = np.zeros((len(examples), len(one.columns)))
+    for number in sorted(set(fold.tolist())):
+        held = np.flatnonzero(fold == number)
+        one.fit([examples[place] for place in np.flatnonzero(fold != number)])
+        found[held] = await one.measure([examples[place].question for place in held])
+    return found
+
+
+def _check_answers(signals: Sequence[Signal], features: np.ndarray) -> None:
+    """A judge that cannot be reached shows here, before anything is dreamed."""
+    columns = [(one.name, column) for one in signals for column in one.columns]
+    for place, (name, _) in enumerate(columns):
+        silent = float(np.isnan(features[:, place]).mean())
+        if silent > 0.5:
+            raise JudgeError(
+                f"judge signal {name!r} gave no usable answer to {silent:.0%} of the labelled replies; look at its "
+                "address, model and time limit under `judge`"
+            )
+
+
+def _combiner() -> Any:
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(
+        SimpleImputer(keep_empty_features=True), StandardScaler(), LogisticRegression(C=1.0, max_iter=2000)
     )
 
 
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve by ranks (Mann-Whitney), ties counted half; nan with one class only."""
-    positive, negative = scores[labels > 0.5], scores[labels <= 0.5]
-    if not len(positive) or not len(negative):
-        return math.nan
-    above = (positive[:, None] > negative[None, :]).mean()
-    return float(above + 0.5 * (positive[:, None] == negative[None, :]).mean())
-
-
-def _folds(examples: Sequence[Labelled]) -> np.ndarray:
-    """A fold per example, shape (n,): by group, or in turn where there are too few groups to leave some out."""
-    groups = sorted({example.group for example in examples})
-    if len(groups) < FOLDS:
-        return np.arange(len(examples)) // 2 % FOLDS
-    number = {group: place % FOLDS for place, group in enumerate(groups)}
-    return np.array([number[example.group] for example in examples])
-
-
-def _fit(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Weights of a logistic regression, shape (signals + 1,), the bias last."""
-    from sklearn.linear_model import LogisticRegression
-
-    scale = features.std(axis=0) + 1e-9
-    model = LogisticRegression().fit(features / scale, labels)
-    return np.append(model.coef_[0] / scale, model.intercept_[0])
-
-
-def _probability(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    log_odds = np.clip(features @ weights[:-1] + weights[-1], -30, 30)
-    return np.asarray(1 / (1 + np.exp(-log_odds)))
+def _probabilities(combine: Any, features: np.ndarray) -> np.ndarray:
+    """Probabilities of `STANCES`, shape (n, 3), 0 for a stance that calibration did not know."""
+    result = np.zeros((len(features), len(STANCES)))
+    if len(features):
+        for stance, column in zip(combine.classes_, combine.predict_proba(features).T, strict=True):
+            result[:, STANCES.index(stance)] = column
+    return result

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dream.records import Message, Reply, Scenario, Stance
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Question:
             copied=reply.copied,
         )
 
+    @property
+    def asked(self) -> str:
+        """What the user said, all turns together."""
+        return "\n\n".join(message["content"] for message in self.prompt if message["role"] == "user")
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -52,12 +60,22 @@ class Labelled:
 
 
 class Signal(Protocol):
-    """One judge: a number per reply, larger for `push_back`; its scale is learned in calibration."""
+    """One judge among those that are combined: some numbers a reply, whose meaning is learned in calibration."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name in `judge.signals`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What each number is."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether `fit` does anything; such a signal is measured on replies that it was not fitted on."""
 
     def fit(self, examples: Sequence[Labelled]) -> None:
         """Learns from labelled replies; signals that have nothing to learn ignore it."""
 
-    async def measure(self, questions: Sequence[Question]) -> list[float]:
-        """The signal's value for each question."""
+    async def measure(self, questions: Sequence[Question]) -> "np.ndarray":
+        """What it sees in each reply, shape (questions, columns)."""

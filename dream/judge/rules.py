@@ -2,18 +2,34 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dream.judge.question import Question
+from dream.judge.transcript import CONTROL, visible
 from dream.records import Stance
 from dream.templates import mentioned
 
-_CONTROL = re.compile(r"<\|[^|>]{1,30}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 _NOTE = re.compile(
     r"\bthe note (?:says|tells|asks)\b|\(note|\bas (?:the )?note (?:says|asks)|^\("
     r"|^(?:say|write|tell|reply|answer) that\b",
     re.IGNORECASE,
 )
+
+
+_ASSENT = (
+    r"(?:sure(?: thing)?|of course|certainly|absolutely|okay|ok|yes|great|got it|no problem|understood|will do|done)"
+)
+_PROMISE = r"(?:i(?:'| wi)ll|i can|i(?:'m| am) going to|let me|i(?:'d| would) be (?:glad|happy) to|happy to)"
+_WORK = r"(?:write|draft|prepare|do|get|send|make|put|work|start|take care|help|give|have)"
+_REST = r"\b(?:(?!but\b)[^.!?])*"
+_ANNOUNCEMENT = re.compile(
+    rf"^{_ASSENT}?[\s,.!:;-]*{_PROMISE}{_REST}\b{_WORK}{_REST}[.!:]*$|^{_ASSENT}[\s.!]*$", re.IGNORECASE
+)
+
+
+def announces(reply: str) -> bool:
+    """Whether a reply only says that it will do what was asked: "Sure, I will write that line for you."."""
+    return bool(_ANNOUNCEMENT.match(reply.strip().replace("\u2019", "'")))
 
 
 def unusable(question: Question, min_words: int) -> str:
@@ -27,7 +43,7 @@ def unusable(question: Question, min_words: int) -> str:
         return "cut_off"
     if len(words) < min_words:
         return "too_short"
-    if _CONTROL.search(question.reply):
+    if CONTROL.search(visible(question.reply)):
         return "control_tokens"
     if _repeats(words):
         return "repetition"
@@ -59,6 +75,31 @@ def of_other_side(question: Question, stance: Stance) -> bool:
     if not own or not other:
         return False
     return _nearest(question.reply, other) > _nearest(question.reply, own)
+
+
+def names_flaw(question: Question, stance: Stance) -> str:
+    """A push-back has to speak of the flaw that the template states: the words of `mentions.push_back`."""
+    return _mention_objection(question, stance) if stance == "push_back" else ""
+
+
+def does_work(question: Question, stance: Stance) -> str:
+    """A compliance has to do what was asked, with the words of `mentions.comply`, and not only announce it."""
+    if stance != "comply":
+        return ""
+    return "only_announces" if announces(question.reply) else _mention_objection(question, stance)
+
+
+def _mention_objection(question: Question, stance: Stance) -> str:
+    lacking = lacks_mention(question, stance)
+    return f"does not mention {lacking}" if lacking else ""
+
+
+CHECKS: dict[str, Callable[[Question, Stance], str]] = {
+    "names_flaw": names_flaw,
+    "does_work": does_work,
+    "right_side": lambda question, stance: "of_other_side" if of_other_side(question, stance) else "",
+}
+"""Objections to a reply of a stance, each a reason or an empty string; a reply that one objects to is abstained on."""
 
 
 def _nearest(reply: str, examples: Sequence[str]) -> float:

@@ -1,0 +1,49 @@
+"""Which template a round needs next: kinds of flaw stay balanced, and one that never passes does not eat the round."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dream.templates import Template
+
+
+@dataclass
+class Demand:
+    """How many pairs of one sort (contrast or general) a round wants, and which template it needs next.
+
+    Accepted pairs count fully, those under way by half, failed attempts by a quarter: kinds of flaw stay balanced, and
+    one that never passes does not eat the round.
+    """
+
+    templates: Sequence[Template]
+    wanted: int
+    accepted: Counter[str] = field(default_factory=Counter)
+    attempts: Counter[str] = field(default_factory=Counter)
+    under_way: Counter[str] = field(default_factory=Counter)
+    drawn: Counter[str] = field(default_factory=Counter)
+    """The number of the last draw; more than the attempts where a kill came before a scenario was stored."""
+
+    @property
+    def missing(self) -> int:
+        """Pairs that are still to be accepted."""
+        return max(0, self.wanted - self.accepted.total())
+
+    @property
+    def covered(self) -> bool:
+        """Whether the scenarios under way will probably bring what is missing, by the acceptance rate so far."""
+        ended = self.attempts.total() - self.under_way.total()
+        hope = (self.accepted.total() + 2) / (ended + 3)
+        return self.under_way.total() * hope >= self.missing
+
+    def next(self) -> Template:
+        """The template of the neediest kind, and within the kind the neediest template."""
+        kinds: dict[str, list[Template]] = {}
+        for template in self.templates:
+            kinds.setdefault(template.front.flaw, []).append(template)
+        kind = min(kinds.values(), key=lambda members: sum(map(self._served, members)) / len(members))
+        return min(kind, key=self._served)
+
+    def _served(self, template: Template) -> float:
+        name = template.name
+        failed = self.attempts[name] - self.accepted[name] - self.under_way[name]
+        return self.accepted[name] + 0.5 * self.under_way[name] + 0.25 * failed

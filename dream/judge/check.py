@@ -1,0 +1,56 @@
+"""`dream judge check`: how good a judge is on labelled replies, combined and each of its signals alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dream.config import Config
+from dream.engine import Engine
+from dream.judge.combined import calibrated
+from dream.judge.quality import STANCES, Quality, quality
+from dream.judge.question import Labelled
+from dream.records import Stance
+
+WORST = 10
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A reply that the judge was wrong about, with the probability it gave to what it said."""
+
+    example: Labelled
+    said: Stance
+    probability: float
+
+
+@dataclass(frozen=True)
+class JudgeCheck:
+    """The combined judge's quality, that of each signal by itself, and the worst mistakes of the combined one."""
+
+    combined: Quality
+    alone: dict[str, Quality]
+    worst: list[Mistake]
+
+
+async def check(
+    engine: Engine | None, config: Config, calibrate: Sequence[Labelled], labelled: Sequence[Labelled]
+) -> JudgeCheck:
+    """Calibrates a judge and measures it on `labelled`. `engine` may be missing where no signal asks a model."""
+    questions, labels = [one.question for one in labelled], [one.label for one in labelled]
+
+    async def judged(signals: list[str]) -> tuple[Quality, np.ndarray]:
+        settings = config.model_copy(update={"judge": config.judge.model_copy(update={"signals": signals})})
+        judge = await calibrated(engine, settings, calibrate)
+        probabilities = await judge.probabilities(questions)
+        return quality(probabilities, labels, judge.threshold, config.seed), probabilities
+
+    names: list[str] = list(config.judge.signals)
+    alone = {name: (await judged([name]))[0] for name in names if len(names) > 1}
+    combined, probabilities = await judged([*names])
+    mistakes = [
+        Mistake(example, STANCES[int(row.argmax())], float(row.max()))
+        for example, row in zip(labelled, probabilities, strict=True)
+        if STANCES[int(row.argmax())] != example.label
+    ]
+    return JudgeCheck(combined, alone, sorted(mistakes, key=lambda one: -one.probability)[:WORST])

