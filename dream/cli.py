@@ -34,9 +34,11 @@ app = typer.Typer(
 )
 judge_app = typer.Typer(no_args_is_help=True, help="Measure the judge.")
 templates_app = typer.Typer(no_args_is_help=True, help="List, show, check and try scenario templates.")
+logs_app = typer.Typer(no_args_is_help=True, help="Turn conversation logs into preference pairs.")
 runs_app = typer.Typer(no_args_is_help=True, help="List and show runs, or go back to an earlier round.")
 app.add_typer(judge_app, name="judge")
 app.add_typer(templates_app, name="templates")
+app.add_typer(logs_app, name="logs")
 app.add_typer(runs_app, name="runs")
 
 ConfigOption = Annotated[
@@ -263,36 +265,67 @@ def templates_show(name: str) -> None:
     print(template.path.read_text(encoding="utf-8"), end="")
 
 
+@templates_app.command("new")
+def templates_new(
+    name: Annotated[str, typer.Argument(help="Name of the file without .j2: a-z, 0-9 and hyphens.")],
+) -> None:
+    """Write a commented template to start from, into ./prompts/scenarios.
+
+    Example:  dream templates new parcel-locker
+    """
+    from dream.paths import data_folder
+    from dream.template_new import new
+
+    source = data_folder("prompts")
+    path = new(name)
+    if source != data_folder("prompts"):
+        print(f"copied {source} to ./prompts, which is used from now on in this folder", file=sys.stderr)
+    print(path)
+
+
 @templates_app.command("check")
 def templates_check(
     paths: Annotated[list[Path] | None, typer.Argument(help="Files; default: all in the prompts folder.")] = None,
+    library: Annotated[bool, typer.Option("--all", help="All, and whether a direction alone gives it away.")] = False,
 ) -> None:
-    """Check templates: every problem names file, line or key, and what to do.
+    """Check templates: every problem names file, line and what to do; advice is what would weaken training.
 
     Examples:
 
       dream templates check
 
       dream templates check prompts/scenarios/mine.j2
+
+      dream templates check --all
     """
     from dream.errors import TemplateError
     from dream.paths import data_folder
-    from dream.templates import load
+    from dream.template_audit import advice, counts, direction_auc, refuse_leaks
+    from dream.templates import examine
 
+    if library and paths:
+        raise ConfigError("dream templates check: --all looks at every template; give either it or files")
     files = paths or sorted((data_folder("prompts") / "scenarios").glob("*.j2"))
     if not files:
         raise TemplateError(f"{data_folder('prompts') / 'scenarios'}: no *.j2 files to check")
-    bad = 0
+    templates = []
     for path in files:
-        try:
-            template = load(path)
-        except TemplateError as error:
-            bad += 1
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        template, problems = examine(path)
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if template is not None:
+            templates.append(template)
             print(f"ok {template.name} ({template.front.flaw}, {template.hash})")
-    if bad:
-        raise TemplateError(f"{bad} of {len(files)} templates are wrong")
+    for line in advice(templates):
+        print(f"advice: {line}")
+    if len(templates) < len(files):
+        raise TemplateError(f"{len(files) - len(templates)} of {len(files)} templates are wrong")
+    if library:
+        print(counts(templates))
+        measured = direction_auc(templates)
+        for result in measured:
+            print(result)
+        refuse_leaks(measured)
 
 
 @templates_app.command("preview")
@@ -324,6 +357,31 @@ def templates_preview(
                 replies = scenario.side(side).examples[stance]
                 print(f"    {stance}: {replies[scenario.seed % len(replies)]}")
         print()
+
+
+@logs_app.command("import")
+def logs_import(
+    logs: Annotated[list[Path], typer.Argument(help="OpenAI-style or ShareGPT JSON Lines, or transcripts.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON Lines of preference pairs; added to when it exists.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+    force_judge: ForceOption = False,
+) -> None:
+    """Find where an assistant routed wrong, and give each such turn the reply it should have been.
+
+    Secrets are masked before anything is stored or shown to the model.
+
+    Example:  dream logs import chats.jsonl --out from-logs.jsonl
+    """
+    from dream import tasks
+    from dream.terminal import Terminal, import_table
+
+    resolved, source = _load(config, overrides)
+    with Terminal(_sources(source)) as terminal:
+        summary = tasks.import_logs(resolved, logs, out, terminal, force_judge=force_judge)
+    import_table(summary)
+    _write(json_file, summary.model_dump())
 
 
 @runs_app.command("list")

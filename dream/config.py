@@ -142,7 +142,7 @@ class JudgeConfig(Section):
     "A second model that `contrast` and `rubric` ask; without it they ask the policy, and so move with it."
     server: ServerConfig | None = None
     "The server that `server` asks."
-    precision: float = Field(0.95, gt=0.5, le=1)
+    precision: float = Field(0.97, gt=0.5, le=1)
     "The share of rulings that must be right; the judge abstains below the confidence at which calibration showed it."
     checks: list[Literal["names_flaw", "does_work", "right_side"]] = ["names_flaw", "does_work", "right_side"]
     """Objections by rule. `names_flaw`: a push-back speaks of the flaw that the template states. `does_work`: a

@@ -19,6 +19,8 @@ class Demand:
     wanted: int
     accepted: Counter[str] = field(default_factory=Counter)
     attempts: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    """Attempts that gave no pair; one that succeeds may give two."""
     under_way: Counter[str] = field(default_factory=Counter)
     drawn: Counter[str] = field(default_factory=Counter)
     """The number of the last draw; more than the attempts where a kill came before a scenario was stored."""
@@ -45,5 +47,4 @@ class Demand:
 
     def _served(self, template: Template) -> float:
         name = template.name
-        failed = self.attempts[name] - self.accepted[name] - self.under_way[name]
-        return self.accepted[name] + 0.5 * self.under_way[name] + 0.25 * failed
+        return self.accepted[name] + 0.5 * self.under_way[name] + 0.25 * self.failed[name]

@@ -26,7 +26,7 @@ from dream.records import RIGHT_STANCE, WRONG_STANCE, ContrastPair, Dropped, Pre
 from dream.scenarios import draw, mirrored
 from dream.selfplay import on_policy, steered, with_background, written
 from dream.store import RoundStore, drop_reasons, read_log, write_json
-from dream.templates import PLAN, Template
+from dream.template import PLAN, Template
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RoundDreamer:
         return again
 
     def summary(self) -> dict[str, Any]:
-        """What was accepted and dropped, by kind of flaw and template, and the kinds and templates that gave nothing."""
+        """What was accepted and dropped, by kind of flaw and template, and which kinds and templates gave nothing."""
         accepted: Counter[str] = Counter(pair.clear.meta["flaw"] for pair in self._store.pairs)
         kinds = {template.front.flaw for template in self._contrast.templates}
         tried = [template.name for template in self._contrast.templates if self._contrast.attempts[template.name]]
@@ -140,14 +140,17 @@ class RoundDreamer:
         """Counts what an earlier process did; scenarios that it left under way get a row that says so."""
         done = self._store.done
         for scenario in read_log(self._store.folder / "scenarios.jsonl", Scenario):
+            if scenario.scenario_id not in done:
+                self._store.drop(self._dropped(scenario, "generate", "interrupted"))
             if scenario.mirror_of:
                 continue
-            self._count = max(self._count, int(scenario.scenario_id.rsplit("-", 1)[1]))
+            self._count = max(self._count, _number(scenario.scenario_id))
             demand, name = self._demand(scenario.template), scenario.template
             demand.attempts[name] += 1
             demand.drawn[name] = max(demand.drawn[name], scenario.seed - self._seed(0))
-            if scenario.scenario_id not in done:
-                self._store.drop(self._dropped(scenario, "generate", "interrupted"))
+        for dropped in self._store.dropped:  # some could not be drawn and left no scenario
+            self._count = max(self._count, _number(dropped.scenario_id))
+            self._demand(dropped.template).failed[dropped.template] += 1
         for pair in (*self._store.pairs, *self._store.spare):
             self._contrast.accepted[pair.clear.meta["template"]] += 1
         for row in self._store.general:
@@ -156,8 +159,9 @@ class RoundDreamer:
 
     def _remember_kept(self) -> None:
         """The scenarios of pairs of this and of earlier rounds, so that none like them is dreamed again."""
+        spare = {pair.clear.meta["scenario_id"] for pair in self._store.spare}
         for folder in sorted(self._store.folder.parent.glob("round_*")):
-            kept = {row.meta["scenario_id"] for row in read_log(folder / "pairs.jsonl", PreferencePair)}
+            kept = spare | {row.meta["scenario_id"] for row in read_log(folder / "pairs.jsonl", PreferencePair)}
             for scenario in read_log(folder / "scenarios.jsonl", Scenario):
                 if scenario.scenario_id in kept:
                     self._seen.add(scenario.scenario_id, _substance(scenario))
@@ -208,6 +212,7 @@ class RoundDreamer:
         finally:
             demand.under_way[template.name] -= 1
         demand.accepted[template.name] += kept
+        demand.failed[template.name] += not kept
         self._on_progress(
             Progress(
                 accepted=len(self._store.pairs),
@@ -252,10 +257,11 @@ class RoundDreamer:
         pair = contrast_pair(scenario, replies, self._config.filters)
         if isinstance(pair, Refusal):
             return self._drop(scenario, "filter", pair.reason, pair.detail)
-        if twin := self._seen.find(_substance(scenario)):  # kept while this one was under way
-            return self._drop(scenario, "filter", "near_duplicate", twin)
-        self._keep(scenario, pair)
         other = mirrored(template, scenario) if self._config.generate.mirror else None
+        for one in filter(None, (scenario, other)):  # what it is like was kept while this one was under way
+            if twin := self._seen.find(_substance(one)):
+                return self._drop(scenario, "filter", "near_duplicate", twin)
+        self._keep(scenario, pair)
         if other is None:
             return 1
         self._store.add("scenarios", other)
@@ -313,6 +319,11 @@ class RoundDreamer:
         return Dropped(
             scenario_id=scenario.scenario_id, template=scenario.template, stage=stage, reason=reason, detail=detail
         )
+
+
+def _number(scenario_id: str) -> int:
+    """The number in the id of a scenario or of its mirrored twin."""
+    return int(scenario_id.rsplit("-", 1)[1].removesuffix("m"))
 
 
 def _substance(scenario: Scenario) -> str:

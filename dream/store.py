@@ -162,8 +162,9 @@ class RoundStore:
         self._logs = {name: Log(folder / f"{name}.jsonl") for name in self.LOGS}
         self.pairs = list(contrast_pairs(read_log(folder / "pairs.jsonl", PreferencePair)))
         kept = {pair.clear.pair_id for pair in self.pairs}
-        spare = contrast_pairs(read_log(folder / "spare.jsonl", PreferencePair))
-        self.spare = [pair for pair in spare if pair.clear.pair_id not in kept]
+        # By id, as a pair that left the round's pairs twice stands there twice.
+        spare = {pair.clear.pair_id: pair for pair in contrast_pairs(read_log(folder / "spare.jsonl", PreferencePair))}
+        self.spare = [pair for pair_id, pair in spare.items() if pair_id not in kept]
         self.general = list(read_log(folder / "general.jsonl", PreferencePair))
         self.dropped = list(read_log(folder / "dropped.jsonl", Dropped))
 
@@ -207,8 +208,8 @@ class RoundStore:
         fresh = Log(scratch)
         for pair in chosen:
             fresh.append(pair.clear, pair.flawed)
-        self._logs["pairs"].close()
         fresh.replace(path)
+        self._logs["pairs"].close()
         self._logs["pairs"] = fresh
         self.pairs, self.spare = list(chosen), [*staying_spare, *leaving]
 

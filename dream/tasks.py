@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dream import models, prompts, store, templates
 from dream.config import Config
 from dream.engine import Engine
-from dream.errors import ConfigError, DreamError, TrainingError
+from dream.errors import ConfigError, DataError, DreamError, TrainingError
 from dream.records import Scenario
 from dream.runs import manifest
 from dream.templates import Template
@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` d
     from dream.diversity import Diversity
     from dream.judge.check import JudgeCheck
     from dream.judge.combined import Judge
+    from dream.judge.question import Labelled
+    from dream.logs import ImportSummary
     from train.data import DpoSpec
     from train.evals import Evaluation
     from train.rounds import RoundResult
@@ -52,9 +54,11 @@ async def engine_and_judge(
 
     terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
     async with open_engine(config, model) as engine, _judging_engine(config, engine, open_engine) as asked:
-        judge = await gold_judge(asked, config, terminal)
         trained = [template for template in loaded if template.front.split == "train"]
-        found = await self_test(judge, planted(trained, config.judge.self_test_replies, config.seed), force)
+        known = planted(trained, config.judge.self_test_replies, config.seed)
+        judge = await gold_judge(asked, config, known, terminal)
+        unseen = planted(trained, config.judge.self_test_replies, config.seed, odd=True)
+        found = await self_test(judge, unseen, force)
         terminal.judge(judge.quality, found)
         yield engine, judge
 
@@ -69,14 +73,14 @@ async def _judging_engine(config: Config, engine: Engine, open_engine: OpenEngin
         yield second
 
 
-async def gold_judge(engine: Engine, config: Config, terminal: Terminal) -> "Judge":
-    """A judge that is calibrated on one half of the gold set and measured on the other."""
+async def gold_judge(engine: Engine, config: Config, known: "Sequence[Labelled]", terminal: Terminal) -> "Judge":
+    """A judge that is calibrated on one half of the gold set and measured on the other; `known` see `calibrated`."""
     from dream.judge.combined import calibrated
     from dream.judge.gold import halves, read_gold
 
     terminal.stage("calibrating the judge on the gold set")
     calibrate, test = halves([labelled for _, labelled in read_gold()])
-    return await calibrated(engine, config, calibrate, test)
+    return await calibrated(engine, config, calibrate, known, test)
 
 
 def generate(
@@ -227,9 +231,13 @@ def check_judge(
     from dream.inputs import read_labelled
     from dream.judge.check import check
     from dream.judge.gold import halves, read_gold
+    from dream.scenarios import STANCES
 
     calibrate, test = halves([labelled for _, labelled in read_gold()])
     labelled = read_labelled(file) if file else test
+    for stance in STANCES:
+        if not any(one.label == stance for one in labelled):
+            raise DataError(f"{file}: no reply is labelled {stance}; the judge is measured on replies of both stances")
     asks_a_model = {"contrast", "rubric"} & set(config.judge.signals)
 
     async def work() -> "JudgeCheck":
@@ -241,6 +249,33 @@ def check_judge(
         async with open_engine(config, models.resolve(name)) as engine:
             terminal.stage(f"judging {len(labelled)} replies")
             return await check(engine, config, calibrate, labelled)
+
+    return asyncio.run(work())
+
+
+def import_logs(
+    config: Config,
+    logs: list[Path],
+    out: Path,
+    terminal: Terminal,
+    *,
+    force_judge: bool = False,
+    open_engine: OpenEngine = real_engine,
+) -> "ImportSummary":
+    """Turns that went wrong in conversation logs, as preference pairs appended to `out`."""
+    from dream.conversations import check_log
+    from dream.logs import LogImporter
+
+    for log in logs:
+        check_log(log)
+    loaded = templates.load_all()
+    prompts.check_all()
+    model = models.resolve(config.model)
+
+    async def work() -> "ImportSummary":
+        async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
+            terminal.stage(f"reading {len(logs)} logs")
+            return await LogImporter(engine, judge, out, config, policy="round_00").run(logs)
 
     return asyncio.run(work())
 

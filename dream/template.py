@@ -57,6 +57,12 @@ def compiled_string(source: str) -> jinja2.Template:
     return ENVIRONMENT.from_string(source)
 
 
+@cache
+def compiled_expression(source: str) -> Callable[..., Any]:
+    """The `expr` of a slot."""
+    return ENVIRONMENT.compile_expression(source, undefined_to_none=False)
+
+
 class FrontMatter(BaseModel):
     """The YAML head of a template file."""
 
@@ -87,13 +93,13 @@ class FrontMatter(BaseModel):
 
 @dataclass(frozen=True)
 class Lines:
-    """Where the keys of a file's front matter stand, for messages."""
+    """Where things stand in a file, for messages: keys of the front matter, and blocks as `("block", NAME)`."""
 
     path: Path
     of: dict[Key, int]
 
     def at(self, *key: str | int) -> str:
-        """`FILE:LINE` of a key, or of the nearest one around it that is in the file."""
+        """`FILE:LINE` of a place, or of the nearest one around it that is in the file."""
         while key not in self.of:
             key = key[:-1]
         return f"{self.path}:{self.of[key]}"
@@ -160,7 +166,7 @@ class Template:
 
     def _compute(self, slot: str, spec: dict[str, Any], drawn: dict[str, Any]) -> Any:
         try:
-            return ENVIRONMENT.compile_expression(str(spec["expr"]), undefined_to_none=False)(**drawn)
+            return compiled_expression(str(spec["expr"]))(**drawn)
         except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
             where = f"{self.lines.at('slots', slot, 'expr')}: slots.{slot}"
             raise TemplateError(f"{where}: cannot compute {spec['expr']!r}: {error}") from error
@@ -187,7 +193,8 @@ class Template:
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_RENDERED:
-                    raise TemplateError(f"{self.path}: block {block}: renders to over {MAX_RENDERED} characters")
+                    where = f"{self.lines.at('block', block)}: block {block}"
+                    raise TemplateError(f"{where}: renders to over {MAX_RENDERED} characters")
         except TemplateError:
             raise
         except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dream.generate import Progress as DreamProgress
     from dream.judge.check import JudgeCheck
     from dream.judge.quality import Quality
+    from dream.logs import ImportSummary
     from train.evals import Evaluation
     from train.rounds import RoundResult
 
@@ -171,6 +172,29 @@ def judge_table(found: "JudgeCheck") -> None:
             highlight=False,
             markup=False,
         )
+
+
+def import_table(summary: "ImportSummary") -> None:
+    """What `dream logs import` found and left out."""
+    out.print(
+        f"{summary.pairs} pairs from {summary.exchanges} exchanges in {summary.conversations} conversations "
+        f"({summary.turns} turns); {summary.wrong} turns went wrong, {summary.already_there} were there already"
+    )
+    counts = {"undecided": summary.undecided, "no direction": summary.no_direction, **summary.not_usable}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("not used because")
+    table.add_column("exchanges", justify="right")
+    for reason, count in counts.items():
+        if count:
+            table.add_row(reason, str(count))
+    if table.row_count:
+        out.print(table)
+    masked = ", ".join(f"{kind} {count}" for kind, count in summary.masked.items())
+    out.print(f"secrets masked: {masked or 'none'}", highlight=False)
+    if summary.malformed:
+        out.print(f"{summary.malformed} malformed lines were skipped:")
+        for line in summary.malformed_lines:
+            out.print(f"  {line}", highlight=False, markup=False)
 
 
 def rounds_table(baseline: dict[str, Any] | None, results: "Sequence[RoundResult]", title: str) -> None:

@@ -1,11 +1,13 @@
 """dream/cli.py: what the commands print and write, and how they refuse what is wrong. No model is started."""
 
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,8 +18,12 @@ import typer.main
 
 from dream import cli, doctor, runs
 from dream.config import Config, GateConfig, load
-from dream.store import Log, RunFolder, write_json
-from dream.templates import load_all
+from dream.engine import ScriptedEngine
+from dream.judge.gold import GeneralReply, GoldReply
+from dream.records import PreferencePair, assistant, user
+from dream.scenarios import STANCES, draw
+from dream.store import Log, RunFolder, read_log, write_json
+from dream.templates import Template, load_all
 from train.evals import RoundEvaluation, figures, summary
 from train.gate import decide
 from train.rounds import Policy, RoundResult
@@ -105,6 +111,62 @@ def edited(folder: Path) -> Callable[[str, str], int]:
         return text[: text.index(old)].count("\n") + 1
 
     return edit
+
+
+def hashed(texts: Sequence[str]) -> np.ndarray:
+    """Vectors of unit length, shape (texts, 8), in place of the embedding model, which takes seconds to load."""
+    vectors = np.full((len(texts), 8), 0.1)
+    for row, text in zip(vectors, texts, strict=True):
+        for word in text.lower().split():
+            row[hashlib.sha256(word.encode()).digest()[0] % 8] += 1
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def serve(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts an engine in place of vLLM's."""
+
+    @asynccontextmanager
+    async def scripted(config: Config, name: str) -> AsyncIterator[ScriptedEngine]:
+        yield engine
+
+    monkeypatch.setattr(sys.modules["dream.pool"], "vllm_pool", scripted)
+
+
+QUICK = ("--set", "judge.signals=[wording,structure]")
+"""A judge that needs neither a language model nor embeddings."""
+
+
+@pytest.fixture
+def small(
+    folder: Path, model: str, tiny_templates: list[Template], engine: ScriptedEngine, script, monkeypatch, quick_disk
+) -> tuple[str, ...]:
+    """Prompts of the tiny templates with a gold set of their own, and the scripted engine in place of vLLM's.
+
+    Gives the options under which commands are quick here.
+    """
+
+    serve(engine, monkeypatch)
+    monkeypatch.setattr("dream.embed.minilm", lambda: hashed)
+    prompts = folder / "prompts"
+    for path in prompts.glob("*/*.j*"):
+        if path.parent.name in ("scenarios", "gold"):
+            path.unlink()
+    for template in tiny_templates:
+        shutil.copy(template.path, prompts / "scenarios")
+    logs = [Log(prompts / "gold" / f"{name}.jsonl") for name in ("scenarios", "replies", "general")]
+    for number in range(24):
+        scenario = draw(tiny_templates[number % 3], number, f"gold-{number}")
+        logs[0].append(scenario)
+        for side in scenario.sides:
+            for stance in STANCES:
+                text = script([user(f"({scenario.side(side).aims[stance]})")], number)
+                row = {"response": text, "label": stance, "trait": "plain"}
+                logs[1].append(GoldReply.model_validate({**row, "scenario_id": scenario.scenario_id, "side": side}))
+                asked = scenario.prompt(side)[0]["content"]
+                logs[2].append(GeneralReply.model_validate({**row, "prompt": asked}))
+    for log in logs:
+        log.close()
+    return "--set", model, *QUICK, "--set", "generate.concurrency=4"
 
 
 def measured(rise: float) -> RoundEvaluation:
@@ -529,3 +591,151 @@ def test_ctrl_c_says_how_to_go_on(dream: Dream, monkeypatch: pytest.MonkeyPatch)
     result = dream("runs", "list")
     assert result.code == 1
     assert "goes on from here" in result.err
+
+
+CONTRACT = {"n", "auc", "auc_ci", "accuracy", "kappa", "abstained", "error_rate"}
+"""What other programs read of `judge check --json`."""
+
+
+def labelled_file(folder: Path, mistaken: int = 0) -> Path:
+    """Labelled replies for `judge check`, of which so many have the wrong label."""
+    path = folder / "labelled.jsonl"
+    rows = []
+    for number in range(20, 40):
+        asked = f"The stock list says that we have {number} lamps in the store. Write a label that says 15 lamps."
+        said = {"comply": "Come in and see 15 lamps!", "push_back": f"I count {number} lamps and not 15; shall I?"}
+        rows += [{"prompt": asked, "response": text, "label": label} for label, text in said.items()]
+    for row in rows[: 2 * mistaken : 2]:
+        row["label"] = "push_back"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_judge_check_of_a_file(dream: Dream, small: tuple[str, ...], folder: Path) -> None:
+    """`judge check FILE` shows each signal, all combined, the confusion and the mistakes, and writes the contract."""
+    result = dream("judge", "check", labelled_file(folder, mistaken=1), *small, "--json", "judge.json")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [["wording", "40"], ["structure", "40"], ["combined", "40"]]
+    place = lines.index(next(line for line in lines if line.startswith("label (rows), ruling (columns)")))
+    assert lines[place + 1].split() == ["comply", "push_back", "abstain"]
+    assert [line.split()[0] for line in lines[place + 2 : place + 4]] == ["comply", "push_back"]
+    [mistake] = [line for line in lines if "taken for" in line]
+    assert mistake.startswith("push_back, taken for comply at ")
+    assert "'Come in and see 15 lamps!'" in mistake
+    written = json.loads((folder / "judge.json").read_text())
+    assert set(written) >= CONTRACT
+    assert (written["n"], written["accuracy"], len(written["auc_ci"])) == (40, 39 / 40, 2)
+
+
+def test_judge_check_of_the_gold_set(dream: Dream, folder: Path) -> None:
+    """`judge check` without a file measures on the test half of the gold set that is shipped, neither included."""
+    result = dream("judge", "check", "--set", "judge.signals=[structure]", "--json", "judge.json")
+    assert result.code == 0, result.err
+    written = json.loads((folder / "judge.json").read_text())
+    assert set(written["confusion"]) == {"comply", "push_back", "neither"}
+    assert written["n"] > 100
+    assert written["auc"] > 0.85
+    assert result.out.count("taken for") == 10
+
+
+def test_judge_check_needs_both_labels(refused: Callable, model: str, folder: Path) -> None:
+    """A file in which every reply has one label is refused with its name, before an engine starts."""
+    (folder / "one.jsonl").write_text('{"prompt": "Do it.", "response": "Done.", "label": "comply"}\n')
+    line = refused("judge", "check", "one.jsonl", "--set", "judge.signals=[contrast]", "--set", model)
+    assert line.startswith("error: one.jsonl: no reply is labelled push_back")
+
+
+def test_generate_and_report(dream: Dream, small: tuple[str, ...], folder: Path) -> None:
+    """`generate` delivers the pairs and says so; `report` writes both documents of that run, without a model."""
+    result = dream("generate", "--pairs", "3", "--out", "runs/mine", *small, "--json", "made.json")
+    assert result.code == 0, result.err
+    assert result.out.startswith("3 of 3 contrast pairs")
+    assert "pairs: runs/mine/round_01/pairs.jsonl" in result.out
+    assert len(list(read_log(folder / "runs" / "mine" / "round_01" / "pairs.jsonl", PreferencePair))) == 6
+    made = json.loads((folder / "made.json").read_text())
+    assert (made["accepted"], made["run"]) == (3, "runs/mine")
+    assert {"audit", "diversity"} <= set(made)
+    told = dream("report", "runs/mine")
+    assert (told.code, told.out) == (0, "runs/mine/report.html\n")
+    report = json.loads((folder / "runs" / "mine" / "report.json").read_text())
+    assert report["rounds"][0]["accepted"] == 3
+    assert "<html" in (folder / "runs" / "mine" / "report.html").read_text()
+
+
+def test_report_of_what_is_no_run_is_refused(refused: Callable, folder: Path) -> None:
+    """`report` refuses a folder without a manifest and writes nothing into it."""
+    (folder / "empty").mkdir()
+    assert "empty: not a run folder" in refused("report", "empty")
+
+
+def test_manifest_holds_the_judge_and_no_key(dream: Dream, small, folder: Path, monkeypatch) -> None:
+    """After `generate` the manifest says how good the judge was; a server's key is in no file of the run."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
+    server = "judge.server={base_url: http://127.0.0.1:9/v1, model: large, api_key_env: JUDGE_KEY}"
+    assert dream("generate", "--pairs", "1", "--out", "mine", *small, "--set", server).code == 0
+    manifest = json.loads((folder / "mine" / "manifest.json").read_text())
+    assert set(manifest["judge"]) >= CONTRACT
+    assert manifest["config"]["judge"]["server"]["api_key_env"] == "JUDGE_KEY"
+    files = [path for path in (folder / "mine").rglob("*") if path.is_file()]
+    assert [path.name for path in files if "sk-very-secret" in path.read_text()] == []
+
+
+def test_run_with_an_edited_template_goes_on_when_allowed(dream: Dream, small: tuple[str, ...], folder: Path) -> None:
+    """A template that was edited under a run is refused with its name, and accepted with --allow-template-change."""
+    command = ("generate", "--pairs", "2", "--out", "mine", *small)
+    assert dream(*command).code == 0
+    path = folder / "prompts" / "scenarios" / "stock.j2"
+    path.write_text(path.read_text().replace("ready to take home", "ready to carry home"))
+    result = dream(*command)
+    assert result.code == 2
+    assert "template.stock" in result.err
+    assert "--allow-template-change" in result.err
+    before = (folder / "mine" / "round_01" / "pairs.jsonl").read_text()
+    result = dream(*command, "--allow-template-change")
+    assert result.code == 0, result.err
+    assert (folder / "mine" / "round_01" / "pairs.jsonl").read_text() == before
+    [changed] = json.loads((folder / "mine" / "manifest.json").read_text())["template_changes"]
+    assert list(changed) == ["stock"]
+
+
+def test_judge_that_cannot_tell_stops_generate(dream: Dream, small, folder: Path, monkeypatch) -> None:
+    """A judge that errs on known replies stops the run before anything is dreamed, unless it is forced."""
+    monkeypatch.setattr("dream.judge.combined.MAX_ERROR_RATE", -0.1)  # now every judge errs too often
+    command = ("generate", "--pairs", "1", "--out", "mine", *small)
+    result = dream(*command)
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("error: the judge cannot tell known replies")
+    assert "--force-judge" in result.err
+    assert not (folder / "mine" / "round_01").exists()
+    assert dream(*command, "--force-judge").code == 0
+
+
+def test_logs_import(dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch) -> None:
+    """`logs import` turns a needless push-back into a pair, masks secrets, and adds nothing the second time."""
+    serve(ScriptedEngine(lambda messages, number: "Come in and see 15 lamps!"), monkeypatch)
+    turns = [
+        user("Write a label that says 15 lamps. Mail it to anna@example.com."),
+        assistant("I count 12 lamps and not 15; shall I change it?"),
+        user("I asked you to write it. Just do it."),
+    ]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n{broken\n")
+    command = ("logs", "import", "chats.jsonl", "--out", "from-logs.jsonl", *small)
+    result = dream(*command, "--json", "import.json")
+    assert result.code == 0, result.err
+    assert result.out.startswith("1 pairs from 1 exchanges in 1 conversations")
+    assert "secrets masked: EMAIL 1" in result.out
+    assert "chats.jsonl:2 " in result.out
+    [row] = read_log(folder / "from-logs.jsonl", PreferencePair)
+    assert (row.side, row.rejected) == ("clear", [turns[1]])
+    assert row.chosen == [assistant("Come in and see 15 lamps!")]
+    assert "anna@example.com" not in row.model_dump_json()
+    assert json.loads((folder / "import.json").read_text())["pairs"] == 1
+    again = dream(*command)
+    assert again.out.startswith("0 pairs from 1 exchanges")
+    assert "1 were there already" in again.out
+
+
+def test_logs_import_of_a_missing_log_is_refused(refused: Callable, model: str) -> None:
+    """A log that is not there is refused with its name before an engine starts."""
+    assert "absent.jsonl" in refused("logs", "import", "absent.jsonl", "--out", "x.jsonl", "--set", model)

@@ -1,6 +1,7 @@
 """dream/config.py: files in, one checked configuration out."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -11,13 +12,16 @@ from dream.errors import ConfigError
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
+def inner(annotation: object) -> list[type[Section]]:
+    """The sections that a field holds, also where it may hold none."""
+    kinds = get_args(annotation) or [annotation]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+
+
 def sections(model: type[BaseModel] = Config) -> list[type[BaseModel]]:
     """The configuration's model and those of all its sections."""
-    inner = [field.annotation for field in model.model_fields.values()]
-    return [
-        model,
-        *(s for kind in inner if isinstance(kind, type) and issubclass(kind, Section) for s in sections(kind)),
-    ]
+    fields = model.model_fields.values()
+    return [model, *(found for field in fields for kind in inner(field.annotation) for found in sections(kind))]
 
 
 def fields() -> list[tuple[str, str]]:
@@ -26,7 +30,7 @@ def fields() -> list[tuple[str, str]]:
         (f"{section.__name__}.{name}", field.description or "")
         for section in sections()
         for name, field in section.model_fields.items()
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+        if field.annotation not in inner(field.annotation)
     ]
 
 
@@ -70,6 +74,13 @@ def test_empty_file_is_the_defaults(write) -> None:
         ("train: {learning_rte: 1}", "train.learning_rte", "train.learning_rate"),
         ("train: {lora: {rnk: 4}}", "train.lora.rnk", "train.lora.rank"),
         ("pairs: 3", "pairs", "generate.pairs"),
+        ("generate: {miror: true}", "generate.miror", "generate.mirror"),
+        pytest.param(
+            "judge: {server: {base_url: x, model: y, timeout: 3}}",
+            "judge.server.timeout",
+            "judge.server.timeout_s",
+            marks=pytest.mark.xfail(reason="the keys of a section that may be missing are not known"),
+        ),
     ],
 )
 def test_unknown_key_names_the_nearest(write, text: str, unknown: str, nearest: str) -> None:
@@ -86,7 +97,14 @@ def test_unknown_key_names_the_nearest(write, text: str, unknown: str, nearest: 
         ("generate: {pairs: many}", "generate.pairs"),
         ("generate: {pairs: 0}", "generate.pairs"),
         ("generate: {dreamer: loud}", "generate.dreamer"),
+        ("generate: {near_duplicate: 0}", "generate.near_duplicate"),
+        ("generate: {near_duplicate: 1.1}", "generate.near_duplicate"),
+        ("generate: {spare_share: -0.1}", "generate.spare_share"),
+        ("generate: {mirror: sometimes}", "generate.mirror"),
         ("judge: {signals: []}", "judge.signals"),
+        ("judge: {checks: [spelling]}", "judge.checks.0"),
+        ("audit: {reply_auc: 0.4}", "audit.reply_auc"),
+        ("audit: {min_pairs: 1}", "audit.min_pairs"),
         ("engine: 3", "engine"),
         ("gate: {max_length_growth: .nan}", "gate.max_length_growth"),
     ],
@@ -121,6 +139,8 @@ def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
     [
         {"train": {"optim": "apollo_adamw", "method": "lora"}},
         {"train": {"batch_size": 16, "micro_batch_size": 3}},
+        {"judge": {"signals": ["wording", "server"]}},
+        {"judge": {"server": {"base_url": "http://me:hidden@127.0.0.1:8000/v1", "model": "big"}}},
     ],
 )
 def test_inconsistent_values_are_refused(raw: dict) -> None:
@@ -159,9 +179,16 @@ def test_fingerprint_ignores_execution_keys(write, override: str) -> None:
     assert fingerprint(flatten(load(path, [override])[0])) == fingerprint(flatten(load(path)[0]))
 
 
-@pytest.mark.parametrize("override", ["seed=2", "train.beta=0.2", "judge.min_confidence=0.9", "model=own/model"])
+DECISIVE = [
+    "seed=2", "train.beta=0.2", "judge.precision=0.9", "model=own/model", "generate.mirror=false",
+    "generate.coverage=false", "generate.near_duplicate=0.7", "generate.spare_share=0", "audit.reply_auc=0.7",
+]  # fmt: skip
+"""Settings that change what a run yields."""
+
+
+@pytest.mark.parametrize("override", DECISIVE)
 def test_fingerprint_sees_what_decides_the_result(write, override: str) -> None:
-    """A value that decides the result changes the fingerprint and shows under its dotted key."""
+    """A value that decides the result changes the fingerprint and shows under its dotted key alone."""
     path = write("{}")
     before, after = flatten(load(path)[0]), flatten(load(path, [override])[0])
     assert fingerprint(before) != fingerprint(after)
@@ -173,7 +200,24 @@ def test_every_field_is_documented() -> None:
     assert [name for name, text in fields() if not text.strip().endswith((".", "?"))] == []
 
 
-def test_every_choice_is_documented() -> None:
-    """The description of `generate.dreamer` speaks of all three values."""
-    text = dict(fields())["GenerateConfig.dreamer"]
-    assert [word for word in ("slots", "background", "write") if f"`{word}`" not in text] == []
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("GenerateConfig.dreamer", ["slots", "background", "write"]),
+        ("GenerateConfig.steering", ["prompt", "note"]),
+        ("JudgeConfig.signals", ["wording", "embedding", "structure", "contrast", "rubric", "server"]),
+        ("JudgeConfig.checks", ["names_flaw", "does_work", "right_side"]),
+    ],
+)
+def test_every_choice_is_documented(field: str, words: list[str]) -> None:
+    """The description of a choice speaks of all its values."""
+    text = dict(fields())[field]
+    assert [word for word in words if f"`{word}`" not in text] == []
+
+
+@pytest.mark.xfail(reason="the message repeats the whole section")
+def test_refused_password_is_not_shown() -> None:
+    """The message about a password in an address does not repeat it."""
+    with pytest.raises(ConfigError, match="api_key_env") as caught:
+        parse({"judge": {"server": {"base_url": "http://me:hidden@127.0.0.1:8000/v1", "model": "big"}}}, "test")
+    assert "hidden" not in str(caught.value)

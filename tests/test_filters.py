@@ -1,12 +1,23 @@
-"""dream/filters.py: which judged replies become a contrast pair."""
+"""dream/filters.py: which judged replies become a contrast pair, and the pair of its mirrored twin."""
 
+from collections import Counter
 from collections.abc import Sequence
 
-from hypothesis import given
+import pytest
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dream.config import FilterConfig
-from dream.filters import Judged, Refusal, already_right, contrast_pair, length_ratio, preference_pair, similarity
+from dream.filters import (
+    Judged,
+    Refusal,
+    already_right,
+    contrast_pair,
+    length_ratio,
+    mirrored_pair,
+    preference_pair,
+    similarity,
+)
 from dream.records import (
     RIGHT_STANCE,
     SIDES,
@@ -35,6 +46,15 @@ SCENARIO = Scenario(
     situation="We have 3 lamps.",
     clear=SideText(direction="Say that we have 3 lamps.", aims=AIMS, mentions={"comply": [], "push_back": []}),
     flawed=SideText(direction="Say that we have 4 lamps.", aims=AIMS, mentions={"comply": [], "push_back": []}),
+)
+TWIN = SCENARIO.model_copy(
+    update={
+        "scenario_id": "r1-000001m",
+        "mirror_of": "r1-000001",
+        "situation": "We have 4 lamps.",
+        "clear": SCENARIO.flawed,
+        "flawed": SCENARIO.clear,
+    }
 )
 
 words = st.lists(
@@ -187,3 +207,82 @@ def test_already_right_needs_every_reply(replies: dict[Side, list[Judged]]) -> N
         for reply in replies[side]
     ]
     assert already_right(replies) == all(right)
+
+
+def rows_of(*pairs: ContrastPair) -> list[PreferencePair]:
+    """Both rows of each pair."""
+    return [row for pair in pairs for row in (pair.clear, pair.flawed)]
+
+
+def paired(replies: dict[Side, list[Judged]], config: FilterConfig) -> ContrastPair:
+    """The contrast pair of the replies; draws without one say nothing of twins."""
+    pair = contrast_pair(SCENARIO, replies, config)
+    assume(isinstance(pair, ContrastPair))
+    return pair
+
+
+willing = st.fixed_dictionaries(
+    {
+        side: st.tuples(st.floats(0.5, 1), st.floats(0.5, 1), replies(side)).map(
+            lambda drawn, side=side: [
+                judged(side, 8, "sure we have new lamps", "comply", confidence=drawn[0]),
+                judged(side, 9, "wait not three old", "push_back", confidence=drawn[1], source="steered"),
+                *drawn[2],
+            ]
+        )
+        for side in SIDES
+    }
+)
+"""Replies of both sides, with one of either stance among them, so that most draws make a pair."""
+
+
+@given(replies=willing, config=filters)
+def test_every_reply_is_chosen_once_and_rejected_once(replies: dict[Side, list[Judged]], config: FilterConfig) -> None:
+    """Over a pair and its twin the same four replies stand on both sides of the preference, and so do their sources."""
+    pair = paired(replies, config)
+    rows = rows_of(pair, mirrored_pair(pair, TWIN))
+    for what in ("reply", "source"):
+        sides = (Counter(row.meta[f"{place}_{what}"] for row in rows) for place in ("chosen", "rejected"))
+        assert next(sides) == next(sides)
+    assert Counter(row.meta["chosen_reply"] for row in rows).most_common(1)[0][1] == 1
+    for row in rows:
+        for place, messages in (("chosen", row.chosen), ("rejected", row.rejected)):
+            reply = find([*replies["clear"], *replies["flawed"]], row.meta[f"{place}_reply"]).reply
+            assert messages == [{"role": "assistant", "content": reply.text}]
+            assert row.meta[f"{place}_source"] == reply.source
+
+
+@given(replies=willing, config=filters)
+def test_twin_asks_the_same_of_the_other_side(replies: dict[Side, list[Judged]], config: FilterConfig) -> None:
+    """A twin's row has the direction of the other side's row, under its own prompt, and their scores complement."""
+    pair = paired(replies, config)
+    twin = mirrored_pair(pair, TWIN)
+    for row, other in ((twin.clear, pair.flawed), (twin.flawed, pair.clear)):
+        assert row.prompt == TWIN.prompt(row.side) != other.prompt
+        assert row.meta["direction"] == other.meta["direction"] == TWIN.side(row.side).direction
+        assert row.meta["chosen_score"] + other.meta["rejected_score"] == pytest.approx(1)
+        assert row.meta["rejected_score"] + other.meta["chosen_score"] == pytest.approx(1)
+        assert row.meta["rejected_score"] <= 0.5 <= row.meta["chosen_score"]
+    assert [row.side for row in rows_of(twin)] == list(SIDES)
+
+
+@given(replies=willing, config=filters)
+def test_twin_keeps_its_provenance(replies: dict[Side, list[Judged]], config: FilterConfig) -> None:
+    """A twin's rows carry all that the pair's do, their own id, and the scenario that they mirror."""
+    pair = paired(replies, config)
+    for row, other in zip(rows_of(mirrored_pair(pair, TWIN)), rows_of(pair)[::-1], strict=True):
+        assert row.pair_id == row.meta["scenario_id"] == TWIN.scenario_id
+        assert row.meta["mirror_of"] == other.meta["scenario_id"] == SCENARIO.scenario_id
+        assert row.meta.keys() - {"mirror_of"} == other.meta.keys()
+        for key in ("template", "template_hash", "flaw", "domain", "policy", "judge_confidence", "seed"):
+            assert row.meta[key] == other.meta[key]
+
+
+@given(replies=willing, config=filters)
+def test_twin_of_the_twin_is_the_pair(replies: dict[Side, list[Judged]], config: FilterConfig) -> None:
+    """Mirrored back, the pair is what it was but for the note of what it mirrors."""
+    pair = paired(replies, config)
+    again = mirrored_pair(mirrored_pair(pair, TWIN), SCENARIO)
+    for row, other in zip(rows_of(again), rows_of(pair), strict=True):
+        meta = {key: value for key, value in row.meta.items() if key != "mirror_of"}
+        assert row.model_copy(update={"meta": meta}) == other

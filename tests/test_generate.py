@@ -1,4 +1,4 @@
-"""dream/generate.py: a whole round on the scripted engine, killed and continued too."""
+"""dream/generate.py and dream/demand.py: a whole round on the scripted engine, killed and continued too."""
 
 import asyncio
 import re
@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from dream.audit import Audit, View
 from dream.config import Config
+from dream.demand import Demand
+from dream.diversity import Diversity
 from dream.engine import Completion, Engine, Sampling, ScriptedEngine
 from dream.errors import DataError, EngineError
 from dream.generate import Progress, RoundDreamer
 from dream.judge.combined import Judge
-from dream.records import SIDES, Dropped, Message, PreferencePair, Reply, Scenario, Verdict
-from dream.store import RoundStore, contrast_pairs, read_log
-from dream.templates import Template, load
+from dream.records import SIDES, ContrastPair, Dropped, Message, PreferencePair, Reply, Scenario, Verdict
+from dream.store import RoundStore, contrast_pairs, read_json, read_log
+from dream.template import PLAN, Template
+from dream.templates import load
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -29,8 +33,17 @@ class Round:
         self.verdicts = {row.reply_id: row for row in read_log(folder / "verdicts.jsonl", Verdict)}
         self.rows = list(read_log(folder / "pairs.jsonl", PreferencePair))
         self.pairs = list(contrast_pairs(self.rows))
+        kept = {row.pair_id for row in self.rows}
+        spare = contrast_pairs(read_log(folder / "spare.jsonl", PreferencePair))
+        self.spare = list({pair.clear.pair_id: pair for pair in spare if pair.clear.pair_id not in kept}.values())
         self.general = list(read_log(folder / "general.jsonl", PreferencePair))
         self.dropped = list(read_log(folder / "dropped.jsonl", Dropped))
+        self.folder = folder
+
+    @property
+    def audit(self) -> Audit:
+        """What audit.json says."""
+        return Audit.model_validate(read_json(self.folder / "audit.json"))
 
 
 class UnevenEngine(ScriptedEngine):
@@ -57,31 +70,36 @@ class StuckEngine(ScriptedEngine):
 
 @pytest.fixture
 def dream(tmp_path: Path, engine: ScriptedEngine, judge: Judge, tiny_templates: list[Template]) -> Callable[..., Round]:
-    """Dreams a round into one folder, or goes on with it, and reads what is there afterwards.
+    """Dreams a round into its folder, or goes on with it, and reads what is there afterwards.
 
-    `stop_after` cancels it as soon as so many pairs are accepted.
+    `stop` cancels it at the end of the first scenario for which it is true.
     """
 
     def go(
-        config: Config, use: Engine = engine, templates: Sequence[Template] = tiny_templates, stop_after: int = 0
+        config: Config,
+        use: Engine = engine,
+        templates: Sequence[Template] = tiny_templates,
+        stop: Callable[[Progress], bool] | None = None,
+        number: int = 1,
     ) -> Round:
         async def killed() -> None:
             def look(progress: Progress) -> None:
-                if stop_after and progress.accepted >= stop_after:
+                if stop and stop(progress):
                     task.cancel()
 
             dreamer = RoundDreamer(
-                use, judge, store, templates, config, round_number=1, policy="base", on_progress=look
+                use, judge, store, templates, config, round_number=number, policy="base", on_progress=look
             )
             task = asyncio.create_task(dreamer.run())
-            await asyncio.wait_for(asyncio.gather(task, return_exceptions=bool(stop_after)), 20)
+            await asyncio.wait_for(asyncio.gather(task, return_exceptions=bool(stop)), 20)
 
-        store = RoundStore(tmp_path / "round_01")
+        folder = tmp_path / f"round_{number:02d}"
+        store = RoundStore(folder)
         try:
             asyncio.run(killed())
         finally:
             store.close()
-        return Round(tmp_path / "round_01")
+        return Round(folder)
 
     return go
 
@@ -93,8 +111,8 @@ def config(settings_with) -> Callable[..., Config]:
 
 
 def check_every_scenario_ended_once(found: Round) -> None:
-    """Each scenario is a pair, a general pair or a dropped row with a reason, and only one of them."""
-    ends = [pair.clear.pair_id for pair in found.pairs]
+    """Each scenario is a pair, a spare or general one, or a dropped row with a reason, and only one of them."""
+    ends = [pair.clear.pair_id for pair in [*found.pairs, *found.spare]]
     ends += [row.pair_id for row in found.general]
     ends += [row.scenario_id for row in found.dropped]
     assert sorted(ends) == sorted(scenario.scenario_id for scenario in found.scenarios)
@@ -102,8 +120,8 @@ def check_every_scenario_ended_once(found: Round) -> None:
 
 
 def check_no_draw_twice(found: Round) -> None:
-    """No template was drawn twice with one seed."""
-    draws = Counter((scenario.template, scenario.seed) for scenario in found.scenarios)
+    """No template was drawn twice with one seed, but for twins, which repeat that of the scenario that they mirror."""
+    draws = Counter((scenario.template, scenario.seed, bool(scenario.mirror_of)) for scenario in found.scenarios)
     assert [draw for draw, count in draws.items() if count > 1] == []
 
 
@@ -161,14 +179,17 @@ def test_slots_alone_need_no_dreamer(dream, config) -> None:
     assert {scenario.background for scenario in found.scenarios} == {""}
 
 
-@pytest.mark.parametrize(("stop_after", "concurrency"), [(1, 8), (2, 1), (3, 8)])
-def test_killed_round_is_continued(dream, config, script, stop_after: int, concurrency: int) -> None:
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize(("accepted", "concurrency"), [(1, 8), (2, 1), (3, 8)])
+def test_killed_round_is_continued(
+    dream, config, script, tiny_templates, twin_templates, accepted: int, concurrency: int, twins: bool
+) -> None:
     """A round that is killed and run again holds the wanted pairs, nothing twice, and says what was interrupted."""
-    settings = config(pairs=6, concurrency=concurrency)
+    settings, templates = config(pairs=6, concurrency=concurrency), twin_templates if twins else tiny_templates
     uneven = UnevenEngine(script)
-    before = dream(settings, uneven, stop_after=stop_after)
-    assert len(before.pairs) >= stop_after
-    found = dream(settings, uneven)
+    before = dream(settings, uneven, templates, stop=lambda progress: progress.accepted >= accepted)
+    assert accepted <= len(before.pairs)
+    found = dream(settings, uneven, templates)
     assert found.pairs[: len(before.pairs)] == before.pairs
     assert len({pair.clear.pair_id for pair in found.pairs}) == len(found.pairs) == 6
     check_every_scenario_ended_once(found)
@@ -178,7 +199,7 @@ def test_killed_round_is_continued(dream, config, script, stop_after: int, concu
 def test_killed_round_does_not_draw_again(dream, config, script) -> None:
     """A draw is not dreamed a second time after a kill that left an earlier one without a trace."""
     settings = config(pairs=6, concurrency=2)
-    dream(settings, StuckEngine(script), stop_after=3)
+    dream(settings, StuckEngine(script), stop=lambda progress: progress.accepted >= 3)
     check_no_draw_twice(dream(settings))
 
 
@@ -187,6 +208,288 @@ def test_finished_round_stays_as_it_is(dream, config) -> None:
     before = dream(config(pairs=3))
     silent = ScriptedEngine(lambda messages, number: pytest.fail("the engine was asked"))
     assert dream(config(pairs=3), silent).scenarios == before.scenarios
+
+
+@pytest.mark.parametrize(("pairs", "concurrency"), [(1, 1), (5, 8), (6, 1)])
+def test_exactly_the_wanted_pairs_with_twins(dream, config, twin_templates, pairs: int, concurrency: int) -> None:
+    """Where a scenario gives two pairs a round holds exactly the wanted ones too, and what is too many is spare."""
+    found = dream(config(pairs=pairs, concurrency=concurrency), templates=twin_templates)
+    assert len(found.pairs) == pairs
+    assert len({pair.clear.pair_id for pair in [*found.pairs, *found.spare]}) == pairs + len(found.spare)
+    assert (pairs + len(found.spare)) % 2 == 0
+    check_every_scenario_ended_once(found)
+    check_no_draw_twice(found)
+
+
+def test_every_accepted_scenario_has_its_twin(dream, config, twin_templates) -> None:
+    """Each pair comes with one of the same four replies the other way round, under a scenario on record."""
+    found = dream(config(pairs=8), templates=twin_templates)
+    scenarios = {scenario.scenario_id: scenario for scenario in found.scenarios}
+    pairs = {pair.clear.pair_id: pair for pair in [*found.pairs, *found.spare]}
+    twins = {pair_id: pair for pair_id, pair in pairs.items() if "mirror_of" in pair.clear.meta}
+    assert len(pairs) == 2 * len(twins)
+    for pair_id, twin in twins.items():
+        original = pairs[twin.clear.meta["mirror_of"]]
+        assert scenarios[pair_id].mirror_of == original.clear.pair_id
+        assert (twin.clear.chosen, twin.clear.rejected) == (original.flawed.rejected, original.flawed.chosen)
+        assert (twin.flawed.chosen, twin.flawed.rejected) == (original.clear.rejected, original.clear.chosen)
+        for row in (twin.clear, twin.flawed):
+            assert row.prompt == scenarios[pair_id].prompt(row.side)
+            assert scenarios[pair_id].background == scenarios[original.clear.pair_id].background
+
+
+def test_mirror_can_be_switched_off(dream, config, twin_templates) -> None:
+    """With `generate.mirror: false` each scenario gives one pair, whatever its template has."""
+    found = dream(config(pairs=4, mirror=False), templates=twin_templates)
+    assert not [scenario for scenario in found.scenarios if scenario.mirror_of]
+    assert not [row for row in found.rows if "mirror_of" in row.meta]
+    check_every_scenario_ended_once(found)
+
+
+def test_twin_without_its_pair_is_interrupted(dream, config, twin_templates) -> None:
+    """A kill between a twin's scenario and its pair leaves a row that says so, once, and the round goes on."""
+    settings = config(pairs=4, general_share=0, concurrency=1)
+    before = dream(settings, templates=twin_templates)
+    twin = before.scenarios[-1].scenario_id
+    path = before.folder / "pairs.jsonl"
+    path.write_text("".join(line for line in path.open() if f'"pair_id":"{twin}"' not in line))
+    for _ in range(2):
+        found = dream(settings, templates=twin_templates)
+        assert [row.reason for row in found.dropped if row.scenario_id == twin] == ["interrupted"]
+        assert len(found.pairs) == 4
+        check_every_scenario_ended_once(found)
+
+
+def test_twin_that_cannot_be_made_drops_its_scenario(dream, config, tmp_path: Path, template_text) -> None:
+    """A scenario whose twin does not render is dropped whole, with the reason, and not kept as well."""
+    path = tmp_path / "moody.j2"
+    path.write_text(
+        template_text("moody", mirror=True)
+        .replace("n: {range: [20, 900]}", "n: {range: [20, 29]}")
+        .replace("m: {range: [20, 900], not: n}", 'm: {range: [20, 29], not: n}\n  q: {expr: "7 // (n - 25)"}')
+        .replace("in the store.", "in the store.{% if q %}{% endif %}")
+    )
+    found = dream(config(pairs=16, near_duplicate=1), templates=[load(path)])
+    assert len(found.pairs) == 16
+    failed = {row.scenario_id for row in found.dropped if row.reason == "template_error"}
+    assert failed & {scenario.scenario_id for scenario in found.scenarios}, "no twin was tried that fails"
+    assert not failed & {pair.clear.pair_id for pair in [*found.pairs, *found.spare]}
+
+
+def test_ids_are_not_used_again_after_a_kill(dream, config, tmp_path: Path, template_text) -> None:
+    """A scenario that could not be drawn, and so left only a dropped row, keeps its number when the round goes on."""
+    path = tmp_path / "moody.j2"
+    path.write_text(
+        template_text("moody")
+        .replace("  good:", '  k: {range: [0, 4]}\n  q: {expr: "7 // (k - 3)"}\n  good:')
+        .replace("in the store.", "in the store.{% if q %}{% endif %}")
+    )
+    dropped = tmp_path / "round_01" / "dropped.jsonl"
+    settings, templates = config(pairs=6, concurrency=1), [load(path)]
+    dream(settings, templates=templates, stop=lambda progress: dropped.stat().st_size > 0)
+    found = dream(settings, templates=templates)
+    assert len(found.pairs) == 6
+    failed = [row.scenario_id for row in found.dropped if row.reason == "template_error"]
+    ids = [*failed, *(scenario.scenario_id for scenario in found.scenarios)]
+    assert failed
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.fixture
+def telling(script) -> Callable[[int], Callable[[Sequence[Message], int], str]]:
+    """A script whose right replies, and no others, say thanks, where the listed number is divisible by `divisor`."""
+
+    def build(divisor: int) -> Callable[[Sequence[Message], int], str]:
+        def write(messages: Sequence[Message], number: int) -> str:
+            reply = script(messages, number)
+            asked = re.search(r"have (\d+) \w+ in the store\. Write a label that says (\d+)", messages[-1]["content"])
+            if not asked or int(asked[1]) % divisor:
+                return reply
+            right = (re.search(r"\bnot\b|\bwrong\b", reply) is not None) == (asked[1] != asked[2])
+            return f"{reply} Thanks." if right else reply
+
+        return write
+
+    return build
+
+
+def thankful(pairs: Sequence[ContrastPair]) -> float:
+    """The share of rows that give away the right reply."""
+    rows = [row for pair in pairs for row in (pair.clear, pair.flawed)]
+    return sum("Thanks" in row.chosen[0]["content"] for row in rows) / len(rows)
+
+
+@pytest.fixture
+def simple_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An audit that finds thanks alone, and a choice that avoids them; the real ones go by chance in small sets."""
+
+    def audit(pairs: Sequence[ContrastPair], *_: object) -> Audit:
+        view = View(name="reply_within", bound=0.6, over=thankful(pairs) > 0)
+        return Audit(pairs=len(pairs), templates=2, views=[view])
+
+    def choose(pairs: Sequence[ContrastPair], count: int, *_: object) -> list[ContrastPair]:
+        return sorted(pairs, key=lambda pair: thankful([pair]))[:count]
+
+    monkeypatch.setattr("dream.generate.audit", audit)
+    monkeypatch.setattr("dream.generate.choose", choose)
+
+
+@pytest.mark.usefixtures("simple_audit")
+def test_giveaway_is_balanced_out(dream, config, telling) -> None:
+    """Where the audit finds a giveaway more pairs are dreamed and the set is chosen anew among all of them."""
+    found = dream(config(pairs=12, general_share=0, spare_share=1), ScriptedEngine(telling(3)))
+    assert found.audit.over == []
+    assert len(found.pairs) == len({pair.clear.pair_id for pair in found.pairs}) == found.audit.pairs == 12
+    assert len(found.spare) >= 12
+    assert thankful(found.pairs) == 0 < thankful(found.spare)
+    check_every_scenario_ended_once(found)
+    silent = ScriptedEngine(lambda messages, number: pytest.fail("the engine was asked"))
+    assert dream(config(pairs=12, general_share=0, spare_share=1), silent).rows == found.rows
+
+
+def test_without_spare_pairs_the_giveaway_is_reported(dream, config, telling) -> None:
+    """With no pairs to choose from the round stays as it is, and audit.json names what gives it away."""
+    found = dream(config(pairs=12, general_share=0, spare_share=0, concurrency=1), ScriptedEngine(telling(1)))
+    assert len(found.pairs) == 12
+    assert found.spare == []
+    assert [view.name for view in found.audit.over] == ["reply_within"]
+    assert "thanks" in found.audit.over[0].giveaways[0].text
+
+
+def test_set_is_not_changed_for_nothing(dream, config, telling, monkeypatch) -> None:
+    """Where every candidate gives itself away the first set stays."""
+    monkeypatch.setattr(RoundStore, "exchange", lambda store, chosen: pytest.fail("the pairs were exchanged"))
+    found = dream(config(pairs=12, general_share=0), ScriptedEngine(telling(1)))
+    assert "reply_within" in [view.name for view in found.audit.over]
+    assert (len(found.pairs), thankful(found.pairs)) == (12, 1)
+    assert len(found.spare) >= 3
+
+
+def test_spare_pairs_are_not_dreamed_for_nothing(dream, config) -> None:
+    """Where nothing is given away no further pair is dreamed."""
+    found = dream(config(pairs=12, general_share=0, concurrency=1))
+    assert (len(found.pairs), found.spare, found.audit.over) == (12, [], [])
+
+
+@pytest.mark.usefixtures("simple_audit")
+@pytest.mark.parametrize("further", [1, 6, 11])
+def test_round_killed_while_it_is_balanced(dream, config, telling, further: int) -> None:
+    """Killed while more pairs are dreamed for balance, the round ends as wanted and with nothing twice."""
+    settings, engine = config(pairs=12, general_share=0, spare_share=1), ScriptedEngine(telling(3))
+    before = dream(
+        settings, engine, stop=lambda progress: progress.accepted == 12 and progress.scenarios > 12 + further
+    )
+    assert not (before.folder / "audit.json").exists()
+    found = dream(settings, engine)
+    assert len(found.pairs) == len({pair.clear.pair_id for pair in found.pairs}) == 12
+    assert thankful(found.pairs) == 0
+    check_every_scenario_ended_once(found)
+    check_no_draw_twice(found)
+
+
+@pytest.mark.usefixtures("simple_audit")
+@pytest.mark.parametrize("step", ["dream.store.Log.replace", "dream.generate.write_json"])
+def test_round_killed_around_the_exchange(dream, config, telling, monkeypatch, step: str) -> None:
+    """Killed before the chosen pairs took their place, or before audit.json, the round ends as wanted too."""
+    settings, engine = config(pairs=12, general_share=0, spare_share=1), ScriptedEngine(telling(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(step, lambda *arguments: (_ for _ in ()).throw(EngineError("killed")))
+        with pytest.raises(EngineError, match="killed"):
+            dream(settings, engine)
+    found = dream(settings, engine)
+    assert len(found.pairs) == len({pair.clear.pair_id for pair in found.pairs}) == 12
+    assert thankful(found.pairs) == 0
+    assert found.audit.over == []
+    check_every_scenario_ended_once(found)
+
+
+@pytest.fixture
+def narrow_template(tmp_path: Path, template_text) -> Callable[[bool], Template]:
+    """A template with thirty sound situations only, six numbers of five goods, with a `mirror` or without."""
+
+    def build(mirror: bool) -> Template:
+        path = tmp_path / "narrow.j2"
+        path.write_text(template_text("narrow", mirror=mirror).replace("[20, 900]", "[20, 25]"))
+        return load(path)
+
+    return build
+
+
+def sound(scenario: Scenario) -> str:
+    """What the clear side of a scenario says."""
+    return f"{scenario.situation} {scenario.clear.direction}"
+
+
+def check_no_prompt_twice(*rounds: Round) -> None:
+    """No accepted scenario, or twin, says on its clear side what another says; spare ones count in the last round."""
+    kept = {pair.clear.pair_id for pair in [*(pair for found in rounds for pair in found.pairs), *rounds[-1].spare]}
+    said = Counter(sound(one) for found in rounds for one in found.scenarios if one.scenario_id in kept)
+    assert said.total() == len(kept)
+    assert [text for text, count in said.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_no_scenario_is_dreamed_twice_over_rounds(dream, config, narrow_template, mirror: bool) -> None:
+    """What repeats a kept scenario of this or an earlier round is dropped, naming it; twins count as kept."""
+    settings = config(pairs=8, near_duplicate=1, general_share=0, coverage=False)
+    rounds = [dream(settings, templates=[narrow_template(mirror)], number=number) for number in (1, 2)]
+    assert [len(found.pairs) for found in rounds] == [8, 8]
+    check_no_prompt_twice(*rounds)
+    scenarios = {one.scenario_id: one for found in rounds for one in found.scenarios}
+    repeated = [row for row in rounds[1].dropped if row.reason == "near_duplicate" and row.stage == "draw"]
+    assert "r1" in {row.detail.partition("-")[0] for row in repeated}
+    assert all(sound(scenarios[row.scenario_id]) == sound(scenarios[row.detail]) for row in repeated)
+    check_every_scenario_ended_once(rounds[1])
+
+
+def test_near_duplicates_are_those_above_the_bound(dream, config, narrow_template) -> None:
+    """With a low bound a scenario that is a word apart is dropped too, so that the round stops short."""
+    settings = config(pairs=12, near_duplicate=0.5, general_share=0, max_scenarios_per_pair=3)
+    found = dream(settings, templates=[narrow_template(False)])
+    assert 0 < len(found.pairs) < 12
+    assert {row.reason for row in found.dropped} == {"near_duplicate"}
+    check_every_scenario_ended_once(found)
+
+
+def test_spare_pairs_are_remembered_after_a_kill(dream, config, narrow_template) -> None:
+    """A continued round dreams nothing that repeats one of its spare pairs."""
+    template = narrow_template(True)
+    assert len(dream(config(pairs=1, general_share=0), templates=[template]).spare) > 1
+    check_no_prompt_twice(dream(config(pairs=18, near_duplicate=1, general_share=0), templates=[template]))
+
+
+@pytest.mark.parametrize("coverage", [True, False])
+def test_draws_take_turns(dream, config, tiny_templates, coverage: bool) -> None:
+    """By plan each template draws each of its values once before any again; without `coverage` it does not."""
+    found = dream(config(pairs=20, coverage=coverage, general_share=0), templates=tiny_templates)
+    passes = []
+    for name in ("stock", "memo"):
+        drawn = {one.seed % PLAN: one.slots["good"] for one in found.scenarios if one.template == name}
+        assert sorted(drawn) == list(range(1, len(drawn) + 1))
+        passes += [[drawn[turn] for turn in range(start, start + 5)] for start in range(5, len(drawn) - 5, 5)]
+    assert passes
+    assert all(len(set(goods)) == 5 for goods in passes) == coverage
+
+
+def test_kinds_stay_balanced_where_one_gives_two_pairs(tiny_templates, twin_templates) -> None:
+    """A kind whose scenarios give two pairs each gets half the attempts, not more pairs."""
+    demand = Demand([twin_templates[0], tiny_templates[1]], 200)
+    while demand.missing:
+        template = demand.next()
+        demand.attempts[template.name] += 1
+        demand.accepted[template.name] += 2 if template.front.mirror else 1
+    assert abs(demand.accepted["stock"] - demand.accepted["memo"]) <= 2
+    assert demand.attempts["memo"] >= 2 * demand.attempts["stock"] - 2
+
+
+def test_audit_and_diversity_are_written(dream, config, twin_templates) -> None:
+    """A round leaves the figures on its own pairs, also where it is too small to be audited or stops short."""
+    found = dream(config(pairs=4), templates=twin_templates)
+    assert found.audit.pairs == 4
+    assert all("12 are needed" in view.reason for view in found.audit.views)
+    measured = Diversity.model_validate(read_json(found.folder / "diversity.json"))
+    assert (measured.pairs, measured.unmirrored) == (4, sum("mirror_of" not in row.clear.meta for row in found.pairs))
+    assert measured.vendi_score is None
 
 
 def test_steering_never_reaches_the_pairs(dream, config, script) -> None:

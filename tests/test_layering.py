@@ -13,10 +13,12 @@ FILES = sorted(path for package in ("dream", "train") for path in (ROOT / packag
 
 FLOORS = [
     {"dream", "dream.errors", "dream.records", "dream.hardware", "dream.config", "dream.paths", "dream.templates",
-     "dream.prompts", "dream.store", "dream.models"},
+     "dream.template", "dream.template_head", "dream.template_checks", "dream.template_new",
+     "dream.prompts", "dream.store", "dream.models", "dream.masking"},
     {"dream.engine", "dream.vllm_engine", "dream.pool"},
-    {"dream.scenarios", "dream.selfplay", "dream.judge", "dream.filters", "dream.embed",
-     "dream.audit", "dream.diversity", "dream.demand", "dream.generate", "dream.inputs", "dream.logs", "dream.masking"},
+    {"dream.scenarios", "dream.template_audit", "dream.selfplay", "dream.judge", "dream.filters", "dream.embed",
+     "dream.audit", "dream.diversity", "dream.demand", "dream.generate", "dream.inputs", "dream.conversations",
+     "dream.evidence", "dream.logs"},
 ]  # fmt: skip
 """From the ground up; `dream.report` and `dream.cli` are the top, and `train` stands on these floors beside them."""
 

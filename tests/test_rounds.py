@@ -17,8 +17,9 @@ from dream.config import Config
 from dream.engine import ScriptedEngine
 from dream.errors import DataError, RunError, TrainingError
 from dream.inputs import read_contrast_pairs
-from dream.judge.combined import Judge, Quality
-from dream.judge.signals import Contrast
+from dream.judge.combined import Judge
+from dream.judge.likelihood import Contrast
+from dream.judge.quality import Quality
 from dream.records import ContrastPair, Message, PreferencePair
 from dream.store import RoundStore, RunFolder, contrast_pairs, read_json, read_log, write_json
 from dream.terminal import Terminal
@@ -92,7 +93,7 @@ class World:
             },
             "train": {"learning_rate": RATE, "flip_probability": 0.1},
             "eval": {"heldout_pairs": 4, "fresh_pairs": 1, "sampled_scenarios": 1, "retention_questions": 1},
-            "judge": {"calibration_replies": 32, "signals": ["contrast"]},
+            "judge": {"signals": ["contrast"]},
         }
         return self.settings(**tiny | sections)
 
@@ -100,8 +101,9 @@ class World:
         """Runs the loop; dies with `Killed` at the first event that contains `kill`."""
         self.kill, self.round, self.engine = kill, 0, self.new_engine()
         loop = Loop(
-            self.run, self.engine, self.judge, self.templates, self.config(**sections), "model", self.train, self, data
-        )
+            self.run, self.engine, self.judge, self.templates, self.config(**sections), "model", self.train, self,
+            data=data,
+        )  # fmt: skip
         return asyncio.run(run_rounds(loop))
 
     def see(self, event: str) -> None:
@@ -122,6 +124,9 @@ class World:
 
     def dreaming(self, progress) -> None:
         self.see(f"round {self.round}: accepted {progress.accepted}")
+
+    def audited(self, audit) -> None:
+        self.see(f"round {self.round}: audited {audit.pairs} pairs")
 
     def trained(self, line: str) -> None:
         self.see(f"round {self.round}: {line}")
@@ -164,11 +169,21 @@ class World:
         return [weights for text, weights in self.events if event in text][-1]
 
 
+class Likelier:
+    """In place of a fitted pipeline: the stance under which a reply is likelier, by the logistic of twice the gain."""
+
+    classes_ = ("comply", "push_back")
+
+    def predict_proba(self, features: np.ndarray) -> np.ndarray:
+        pushes = 1 / (1 + np.exp(-2 * features[:, 0]))
+        return np.column_stack([1 - pushes, pushes])
+
+
 @pytest.fixture
 def quick_judge(engine) -> Judge:
     """A judge that needs no calibration: the script's likelihoods differ by 2 in favour of the reply's stance."""
     sure = Quality(n=0, auc=1, auc_ci=(1, 1), accuracy=1, kappa=1, abstained=0, error_rate=0)
-    return Judge([Contrast(engine)], Config(), np.array([2.0, 0.0]), sure)
+    return Judge([Contrast(engine)], Config(), Likelier(), 0.7, sure)
 
 
 @pytest.fixture
@@ -208,6 +223,18 @@ def test_three_rounds_each_dream_with_the_last_promoted(world: World) -> None:
         round=3, as_of=3, adapter="round_03/train/adapter", weights="round_03/train/weights"
     )
     assert world.engine.loaded[-1] == world.weights(3)
+
+
+def test_each_dreamed_round_is_audited(world: World) -> None:
+    """The audit of a round's pairs is told before its training begins, and stands in its folder with the diversity."""
+    world.go(rounds=2)
+    told = [event for event, _ in world.events if "audited" in event or "training" in event]
+    assert [text.partition(" on ")[0] for text in told] == [
+        f"round {number}: {what}" for number in (1, 2) for what in (f"audited {PAIRS} pairs", "training")
+    ]
+    for number in (1, 2):
+        for name in ("audit", "diversity"):
+            assert read_json(world.run / f"round_0{number}" / f"{name}.json")["pairs"] == PAIRS
 
 
 def test_pairs_name_the_policy_that_dreamed_them(world: World) -> None:
@@ -276,6 +303,7 @@ KILLS = {
     "round 0: writing eval.json": "promoted",
     "round 0: writing policy.json": "promoted",
     "round 2: accepted 1": "promoted",
+    "round 2: audited": "promoted",
     "round 2: training": "promoted",
     "round 2: within the trainer": "promoted",
     "round 2: writing served.json": "rejected",
@@ -464,18 +492,23 @@ def test_too_few_pairs_for_the_rounds_are_refused_before_any_work(world: World, 
 
 @pytest.fixture
 def workplace(tmp_path: Path, template_text, monkeypatch) -> Path:
-    """A working directory with its own tiny prompts and a folder that passes for a model."""
+    """A working directory with its own tiny prompts, a part of the gold set, and a folder that passes for a model."""
     repository = Path(__file__).parent.parent / "prompts"
     for path in repository.rglob("*.j2"):
         if path.parent.name != "scenarios":
             copy = tmp_path / "prompts" / path.relative_to(repository)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(path.read_text())
+    (tmp_path / "prompts" / "gold").mkdir()
+    for name, step in (("scenarios", 1), ("replies", 12)):
+        lines = (repository / "gold" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "prompts" / "gold" / f"{name}.jsonl").write_text("".join(lines[::step]))
     (tmp_path / "prompts" / "scenarios").mkdir()
     for name, flaw, split in (("stock", "false_premise", "train"), ("kept", "missing_fact", "heldout")):
         (tmp_path / "prompts" / "scenarios" / f"{name}.j2").write_text(template_text(name, flaw, split))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setattr("dream.embed.minilm", lambda: None)  # the embedding model takes seconds to load
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -495,7 +528,8 @@ def test_the_command_runs_rounds(world: World, workplace: Path, make_pair) -> No
         yield world.engine
 
     def train(out: Path | None) -> tuple[Path, list[RoundResult]]:
-        return tasks.train(config, Path("mine.yaml"), out, [data], Terminal(), open_engine=opened, trainer=world.train)
+        return tasks.train(config, Path("mine.yaml"), out, [data], Terminal(), force_judge=True,
+                           open_engine=opened, trainer=world.train)  # fmt: skip
 
     run, results = train(None)
     world.run = workplace / run

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dream.errors import DataError, RunError, StorageError
@@ -179,6 +179,141 @@ def test_full_disk_does_not_count_a_pair(tmp_path: Path, make_pair, disk_full) -
     assert store.pairs == list(contrast_pairs(read_log(tmp_path / "pairs.jsonl", PreferencePair)))
 
 
+def ids(pairs: list[ContrastPair]) -> list[str]:
+    """The pairs' ids."""
+    return [pair.clear.pair_id for pair in pairs]
+
+
+def test_spare_pairs_are_kept_apart(tmp_path: Path, make_pair) -> None:
+    """Spare pairs come back as such, end their scenarios, and stand in a file like pairs.jsonl."""
+    store = RoundStore(tmp_path)
+    store.keep(make_pair("a"))
+    store.keep_spare(make_pair("b"))
+    store.close()
+    again = RoundStore(tmp_path)
+    assert (again.pairs, again.spare) == ([make_pair("a")], [make_pair("b")])
+    assert again.done == {"a", "b"}
+    rows = read_log(tmp_path / "spare.jsonl", PreferencePair)
+    assert list(contrast_pairs(rows)) == [make_pair("b")]
+
+
+@pytest.mark.usefixtures("quick_disk")
+def test_spare_pair_is_whole_or_absent_at_every_cut(tmp_path: Path, make_pair) -> None:
+    """Wherever a crash cuts spare.jsonl, whole pairs are left, in memory and in the file."""
+    store = RoundStore(tmp_path / "full")
+    for name in "ab":
+        store.keep_spare(make_pair(name))
+    store.close()
+    data = (tmp_path / "full" / "spare.jsonl").read_bytes()
+    for cut in range(0, len(data) + 1, 7):
+        folder = tmp_path / f"cut{cut}"
+        folder.mkdir()
+        (folder / "spare.jsonl").write_bytes(data[:cut])
+        continued = RoundStore(folder)
+        whole = [make_pair("a"), make_pair("b")][: data[:cut].count(b"\n") // 2]
+        assert continued.spare == whole
+        continued.close()
+        assert len(list(read_log(folder / "spare.jsonl", PreferencePair))) == 2 * len(whole)
+
+
+class Killed(BaseException):
+    """Stands for the process's sudden end."""
+
+
+def dying_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Lets so many appends and replacements of logs pass, and ends the process before the next one."""
+    left = iter(range(steps))
+
+    def counted(work: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: object) -> None:
+            if next(left, None) is None:
+                raise Killed
+            work(*arguments)
+
+        return step
+
+    for name in ("append", "replace"):
+        patch.setattr(Log, name, counted(getattr(Log, name)))
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_exchange_loses_nothing_wherever_it_is_killed(tmp_path_factory, make_pair, data: st.DataObject) -> None:
+    """After any exchanges, killed or not, each pair is there once, and the round's are the old or the chosen ones."""
+    folder = tmp_path_factory.mktemp("round")
+    everything = sorted(f"p{number}" for number in range(6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        store = RoundStore(folder)
+        for name in everything:
+            (store.keep if name < "p3" else store.keep_spare)(make_pair(name))
+        for _ in range(data.draw(st.integers(1, 4), "exchanges")):
+            before = ids(store.pairs)
+            chosen = data.draw(st.permutations([*store.pairs, *store.spare]), "order")[:3]
+            steps = data.draw(st.none() | st.integers(0, 7), "steps before the kill")
+            try:
+                with pytest.MonkeyPatch.context() as killing:
+                    if steps is not None:
+                        dying_after(killing, steps)
+                    store.exchange(chosen)
+            except Killed:
+                assert ids(RoundStore(folder).pairs) == before
+            else:
+                assert ids(store.pairs) == ids(chosen)
+                before = ids(chosen)
+            again = RoundStore(folder)
+            assert ids(again.pairs) == before
+            assert sorted(ids(again.pairs) + ids(again.spare)) == everything
+            if steps is not None or data.draw(st.booleans(), "a new process"):
+                store = again
+
+
+def test_exchange_between_its_two_writes(tmp_path: Path, make_pair) -> None:
+    """A kill after spare.jsonl took what goes out and before pairs.jsonl is replaced leaves the old set, once."""
+    store = RoundStore(tmp_path)
+    store.keep(make_pair("old"))
+    store.keep_spare(make_pair("new"))
+    with pytest.MonkeyPatch.context() as patch:
+        dying_after(patch, 2)  # the append to spare.jsonl and that to the new file
+        with pytest.raises(Killed):
+            store.exchange([make_pair("new")])
+    rows = list(read_log(tmp_path / "spare.jsonl", PreferencePair))
+    assert [row.pair_id for row in rows] == ["new", "new", "old", "old"]
+    for _ in range(2):
+        again = RoundStore(tmp_path)
+        assert (ids(again.pairs), ids(again.spare)) == (["old"], ["new"])
+    again.exchange([make_pair("new")])
+    last = RoundStore(tmp_path)
+    assert (ids(last.pairs), ids(last.spare)) == (["new"], ["old"])
+
+
+def test_pairs_are_kept_after_an_exchange(tmp_path: Path, make_pair) -> None:
+    """What is kept after an exchange goes to the new pairs.jsonl, and no other file is left behind."""
+    store = RoundStore(tmp_path)
+    store.keep(make_pair("a"))
+    store.keep_spare(make_pair("b"))
+    store.exchange([make_pair("b")])
+    store.keep(make_pair("c"))
+    store.close()
+    assert ids(RoundStore(tmp_path).pairs) == ["b", "c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.jsonl" for name in RoundStore.LOGS)
+
+
+def test_full_disk_leaves_an_exchange_undone(tmp_path: Path, make_pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the new file cannot take the old one's place the error names it, and the store can be used and closed."""
+    store = RoundStore(tmp_path)
+    store.keep(make_pair("a"))
+    store.keep_spare(make_pair("b"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda path, target: _refuse(0))
+        with pytest.raises(StorageError, match=r"pairs\.jsonl: No space left"):
+            store.exchange([make_pair("b")])
+    assert (ids(store.pairs), ids(store.spare)) == (["a"], ["b"])
+    store.keep(make_pair("c"))
+    store.close()
+    assert ids(RoundStore(tmp_path).pairs) == ["a", "c"]
+
+
 def _no_space(log: Log, *records: object) -> None:
     raise StorageError(f"{log.path}: No space left on device")
 
@@ -236,6 +371,69 @@ def test_fingerprint_mismatch_names_the_keys(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "dtype (None there, 'b' now), model ('a' there, None now), seed (1 there, 2 now)" in message
     assert "pairs" not in message
+
+
+def changed(**templates: str) -> dict:
+    """A manifest with one setting and these template hashes."""
+    settings = {"seed": 1, **{f"template.{name}": value for name, value in templates.items()}}
+    return {"kind": "generate", "fingerprint": repr(settings), "settings": settings}
+
+
+def test_edited_templates_need_leave(tmp_path: Path) -> None:
+    """A run whose templates were edited is refused, saying which and how to go on, and stays as it was."""
+    with RunFolder(tmp_path / "run", changed(stock="old", memo="same")):
+        pass
+    with pytest.raises(RunError) as caught, RunFolder(tmp_path / "run", changed(stock="new", memo="same")):
+        pass
+    message = str(caught.value)
+    assert "template.stock ('old' there, 'new' now)" in message
+    assert "--allow-template-change" in message
+    assert "memo" not in message
+    assert read_json(tmp_path / "run" / "manifest.json") == changed(stock="old", memo="same")
+
+
+def test_allowed_template_changes_are_recorded(tmp_path: Path) -> None:
+    """With leave the run goes on, and the manifest has the new hashes and, change by change, the old ones."""
+    with RunFolder(tmp_path / "run", changed(stock="old", memo="same")) as run:
+        run.note("judge", {"auc": 0.9})
+    with RunFolder(tmp_path / "run", changed(stock="new", memo="same"), allow_template_change=True) as run:
+        assert run.continued
+    with RunFolder(tmp_path / "run", changed(stock="new", added="one"), allow_template_change=True):
+        pass
+    wanted = changed(stock="new", added="one")
+    assert read_json(tmp_path / "run" / "manifest.json") == {
+        **wanted,
+        "judge": {"auc": 0.9},
+        "template_changes": [{"stock": ["old", "new"]}, {"added": [None, "one"], "memo": ["same", None]}],
+    }
+    with RunFolder(tmp_path / "run", wanted) as run:
+        assert run.continued
+
+
+def test_leave_for_templates_is_for_nothing_else(tmp_path: Path) -> None:
+    """Where another setting differs too the run is refused all the same."""
+    with RunFolder(tmp_path / "run", changed(stock="old")):
+        pass
+    other = changed(stock="new")
+    other["settings"]["seed"], other["fingerprint"] = 2, "other"
+    with (
+        pytest.raises(RunError, match=r"other settings: seed \(1 there, 2 now\)"),
+        RunFolder(tmp_path / "run", other, allow_template_change=True),
+    ):
+        pass
+    assert read_json(tmp_path / "run" / "manifest.json") == changed(stock="old")
+
+
+def test_notes_stay_in_the_manifest(tmp_path: Path) -> None:
+    """What is noted stands in the manifest at once, survives continuing the run, and can be noted anew."""
+    path = tmp_path / "run" / "manifest.json"
+    with RunFolder(tmp_path / "run", manifest(pairs=3)) as run:
+        run.note("judge", {"auc": 0.9})
+        assert read_json(path) == manifest(pairs=3) | {"judge": {"auc": 0.9}}
+    with RunFolder(tmp_path / "run", manifest(pairs=3)) as run:
+        assert run.manifest["judge"] == {"auc": 0.9}
+        run.note("judge", {"auc": 0.8})
+    assert read_json(path) == manifest(pairs=3) | {"judge": {"auc": 0.8}}
 
 
 def test_other_kind_of_run_is_refused(tmp_path: Path) -> None:

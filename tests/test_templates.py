@@ -1,20 +1,29 @@
-"""dream/templates.py and dream/scenarios.py: what a template file may be, and what it draws."""
+"""dream/templates.py, dream/template*.py and dream/scenarios.py: what a template file may be, and what it draws."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from dream.errors import TemplateError
+from dream import template_new
+from dream.cli import app
+from dream.errors import ConfigError, TemplateError
 from dream.records import SIDES
 from dream.scenarios import STANCES, draw, eval_pairs, plan
-from dream.templates import Template, load, load_all, mentioned
+from dream.template import FrontMatter
+from dream.template_audit import advice, direction_auc, refuse_leaks
+from dream.templates import Template, examine, load, load_all, mentioned
 
 SHIPPED = sorted((Path(__file__).parent.parent / "prompts" / "scenarios").glob("*.j2"))
+
+shipped = cache(load)
 
 
 @pytest.fixture
@@ -43,7 +52,7 @@ def line_of(text: str, part: str) -> int:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_template_renders(path: Path) -> None:
     """Every shipped template loads and makes a scenario with text on all of its sides."""
-    template = load(path)
+    template = shipped(path)
     for seed in range(5, 9):  # loading looks at the first five
         scenario = draw(template, seed, "s")
         assert scenario.sides == (("clear",) if template.general else SIDES)
@@ -55,7 +64,7 @@ def test_shipped_template_renders(path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_examples_speak_of_the_situation(path: Path) -> None:
     """Every worked reply of a shipped template holds the words that its `mentions` ask for, in many draws."""
-    template = load(path)
+    template = shipped(path)
     for seed in range(5, 9):  # loading looks at the first five
         scenario = draw(template, seed, "s")
         for side in scenario.sides:
@@ -83,7 +92,7 @@ def test_front_matter_is_needed(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("block", ["situation", "clear", "flawed", "comply", "push_back", "comply_examples"])
 def test_missing_block_is_named(refused, block: str) -> None:
     """A block that is missing is named, with how to write it."""
-    assert refused(f"block {block} %}}", "block extra %}").startswith(f": block {block} is missing")
+    assert re.match(rf":\d+: block {block} is missing; add ", refused(f"block {block} %}}", "block extra %}"))
 
 
 def test_unknown_block_is_named_with_its_line(refused, template_text) -> None:
@@ -262,3 +271,267 @@ def test_eval_pairs_hold_both_sides(tiny_templates: list[Template]) -> None:
 def test_mentioned_looks_for_whole_words(words: str, text: str, expected: bool) -> None:
     """A mention is whole words, any of the alternatives, whatever the case."""
     assert mentioned(words, text) is expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("good: [lamps,", "good: [on,", 'slots.good.0: YAML reads on as True; put it in quotes: "on"'),
+        ("good: [lamps,", "good: [true,", 'slots.good.0: YAML reads true as True; put it in quotes: "true"'),
+        ("good: [lamps,", "good: [012,", 'slots.good.0: YAML reads 012 as 10; put it in quotes: "012"'),
+        ("  good: [lamps", "  off: [a]\n  good: [lamps", 'slots.off: YAML reads off as False; put it in quotes: "off"'),
+        ("good: [lamps,", "good: ['',", "slots.good.0 is empty"),
+        ("good: [lamps,", "good: [{a: 1},", "slots.good: a value is a text or a number"),
+        ("  n: {", "  x: []\n  n: {", "slots.x is empty"),
+        ("  n: {", "  x:\n  n: {", "slots.x is empty"),
+        ("  n: {", "  good: [a]\n  n: {", "slots.good is given twice"),
+        ("  n: {", "  my-x: [a]\n  n: {", "slots.my-x: 'my-x' is no name that a block can use"),
+        ("  n: {", "  side: [a]\n  n: {", "slots.side: 'side' is the name of the side itself"),
+        ("  n: {", "  x: {expr: nn + 1}\n  n: {", "slots.x: expr uses 'nn', which no slot above"),
+        ("  n: {", "  x: {expr: '1', not: good}\n  n: {", "slots.x: unknown key 'not'; beside expr"),
+        ("  n: {", "  x: {range: [1, 2], from: good}\n  n: {", "slots.x: expected a list, or a mapping with one of"),
+        ('said: "{{ n }}"', "said: {{ n }}", "found unhashable key; put Jinja in quotes"),
+        ('said: "{{ n }}"', 'said: "{{ n }"', "two brackets on each side"),
+        ('said: "{{ n }}"', 'said: "{ n }"', "'{ n }' is plain text; write {{ n }}"),
+        ('said: "{{ n }}"', "said: { n: 1 }", "sides.clear.said: expected a text in quotes"),
+        ('said: "{{ n }}"', 'said: "{{ claimed }}"', "sides.clear.said: uses 'claimed', which no slot defines"),
+        ('said: "{{ n }}"', 'said: ""', "sides.clear.said is empty"),
+        ("clear: {said", 'clear: {spare: "a", said', "sides.clear.spare: 'spare' is given for one side only"),
+        ('comply: ["{{ said }}"', 'comply: [""', "mentions.comply.0 is empty"),
+        ('comply: ["{{ said }}"', 'comply: ["{{ sad }}"', "mentions.comply.0: uses 'sad'"),
+        ("Write the label with {{", "Write the label with {", "block comply: '{ said }}' is plain text"),
+        ("domains: [writing]", "domains: [writing]\nmirror: [[n, k]]", "mirror: 'k' is no slot that is drawn"),
+        ("domains: [writing]", "domains: [writing]\nmirror: [[good, good]]", "mirror: block clear on the clear side"),
+    ],
+)  # fmt: skip
+def test_mistake_is_named_with_its_line(refused, template_text, old: str, new: str, said: str) -> None:
+    """A mistake is refused at a line that it made, with what is wrong."""
+    message = refused(old, new)
+    text = template_text("broken")
+    first = text.count("\n", 0, text.index(old)) + 1
+    assert said in message
+    assert first <= int(message.split(":")[1]) <= first + new.count("\n")
+
+
+def test_general_template_has_no_other_side(tmp_path: Path, template_text) -> None:
+    """What only a contrast template has is refused in a general one."""
+    path = tmp_path / "plain.j2"
+    text = template_text("plain", "none").replace("sides:", "mirror: [[n, m]]\nsides:\n  flawed: {said: '1'}")
+    path.write_text(text)
+    assert [problem.split(": flaw is none")[0] for problem in examine(path)[1]] == [
+        f"{path}:{line_of(text, 'flawed:')}: sides.flawed",
+        f"{path}:{line_of(text, 'mirror:')}: mirror",
+    ]
+
+
+def test_all_problems_are_found_at_once(tmp_path: Path, template_text) -> None:
+    """Problems that do not depend on each other are all reported; `load` raises the first."""
+    path = tmp_path / "broken.j2"
+    text = (
+        template_text("broken")
+        .replace("split: train", "split: trial")
+        .replace("lamps", "on")
+        .replace("{% block f", "{%")
+    )
+    path.write_text(text)
+    problems = examine(path)[1]
+    assert [int(problem.removeprefix(f"{path}:").split(":")[0]) for problem in problems] == [
+        line_of(text, part) for part in ("[on", "trial", "{%lawed")
+    ]
+    with pytest.raises(TemplateError, match=re.escape(problems[0])):
+        load(path)
+
+
+def test_mirror_that_cannot_be_computed_is_refused(tmp_path: Path, template_text) -> None:
+    """An expression that fails with the mirrored values is a problem of the template, not a crash."""
+    text = template_text("broken").replace("sides:", "mirror: [[n, m]]\nsides:")
+    text = text.replace("mentions:", "mentions:").replace("\nmirror", '\n  q: {expr: "1 // (n - n0)"}\nmirror')
+    text = text.replace("  n: {", "  n0: [7]\n  n: {range: [8, 9]}\n  m: [7]\n  unused: {", 1)
+    path = tmp_path / "broken.j2"
+    path.write_text(re.sub(r"  unused.*\n  m: .*\n", "", text).replace("in the store.", "in the store {{ q }}."))
+    assert any("cannot compute '1 // (n - n0)'" in problem for problem in examine(path)[1])
+
+
+@pytest.fixture
+def counselled(tmp_path: Path, template_text) -> Callable[..., list[str]]:
+    """The advice on mirrored templates with three wordings and shared openers, of which one has texts replaced."""
+
+    def advise(*changes: tuple[str, str], flaw: str = "spare") -> list[str]:
+        lines = "{% if k == 1 %}\nPlease write{% elif k == 2 %}\nNow write{% else %}\nWrite{% endif %}"
+        good = template_text("one", "false_premise").replace("sides:", "  k: [1, 2, 3]\nmirror: [[n, m]]\nsides:")
+        good = good.replace("\nWrite a", f"\n{lines} a").replace("The list gives", "We have")
+        text = good
+        for old, changed in changes:
+            assert old in text
+            text = text.replace(old, changed)
+        (tmp_path / "one.j2").write_text(text)
+        other = good.replace("name: one", "name: other").replace("false_premise", flaw).replace("train", "heldout")
+        (tmp_path / "other.j2").write_text(other)
+        return [line.removeprefix(f"{tmp_path}/") for line in advice(load_all(tmp_path))]
+
+    return advise
+
+
+def test_good_templates_need_no_advice(counselled) -> None:
+    """Nothing is said of templates that follow all advice."""
+    assert counselled() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([("mirror: [[n, m]]\n", "")], "one.j2:12: no mirror"),
+        ([("We have {{ claimed", "No, {{ claimed"), ("By the", "The")], "begin with the same word"),
+        ([("Here you are: ", "Here you are, with many thanks for all of your patience and your trust: "),
+          ("We have {{ said", "We have, as you have surely heard by now from all of us and all our friends, {{ said"),
+          ("ready to take home", "ready to take home in a bag of yours or of ours")], "words (comply)"),
+        ([("Now write", "Please write")], "the direction is worded in 2 ways"),
+        ([("Now write", "Write"), ("Please write", "Write")], "the direction is worded in 1 way;"),
+    ],
+)  # fmt: skip
+def test_advice_names_what_weakens_training(counselled, changes: list[tuple[str, str]], said: str) -> None:
+    """A template that is valid but weak gets one line of advice, with its file and line."""
+    [line] = counselled(*changes)
+    assert said in line
+    assert re.match(r"one\.j2:\d+: ", line)
+
+
+def test_kind_that_is_trained_and_held_out_is_advised_against(counselled) -> None:
+    """A held-out template whose kind of flaw is trained as well measures nothing new."""
+    [line] = counselled(flaw="false_premise")
+    assert re.fullmatch(r"other\.j2:4: false_premise is held out here and trained in one; .*", line)
+
+
+def test_shipped_templates_need_no_advice() -> None:
+    """The templates of the package follow all advice, and so does the starting point of a new one."""
+    assert advice([shipped(path) for path in SHIPPED]) == []
+
+
+@pytest.fixture
+def leaking(tmp_path: Path, template_text) -> Callable[[str], list[Template]]:
+    """Three training templates and a held-out one whose flawed direction has a word that the clear one has not."""
+
+    def make(word: str) -> list[Template]:
+        for name, split in (("a", "train"), ("b", "train"), ("c", "train"), ("kept", "heldout")):
+            text = template_text(name, split, split)
+            head, flawed = text.split("{% block flawed %}")
+            (tmp_path / f"{name}.j2").write_text(f"{head}{{% block flawed %}}{flawed.replace('a label', word, 1)}")
+        return load_all(tmp_path)
+
+    return make
+
+
+def test_direction_that_gives_itself_away_is_refused(leaking) -> None:
+    """A word that only flawed directions have is found in both measures, and named with the templates."""
+    measured = direction_auc(leaking("a quick label"))
+    assert [(result.auc, result.over) for result in measured] == [(1.0, True), (1.0, True)]
+    with pytest.raises(TemplateError, match=r"AUC 1.00 .*OVER .*quick.* points to flawed \(a, b, c\)"):
+        refuse_leaks(measured)
+
+
+def test_direction_that_gives_nothing_away_passes(leaking) -> None:
+    """Directions that differ in a random number are near chance, with an interval around the figure."""
+    measured = direction_auc(leaking("a label"))
+    refuse_leaks(measured)
+    for result in measured:
+        low, high = result.interval
+        assert low <= result.auc <= high < 0.65
+    assert direction_auc(leaking("a label")) == measured
+
+
+def test_auc_needs_both_parts(leaking) -> None:
+    """Without held-out or without training templates the measure says so."""
+    templates = leaking("a label")
+    assert [result.auc is None for result in direction_auc(templates[:3])] == [True, False]
+    assert [result.reason for result in direction_auc(templates[3:])] == ["no contrast template to train on"] * 2
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without prompts."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_new_template_copies_the_prompts(elsewhere: Path) -> None:
+    """The first new template of a folder brings the package's prompts along, all of them and nothing else."""
+    path = template_new.new("my-own")
+    assert path == elsewhere / "prompts" / "scenarios" / "my-own.j2"
+    package = SHIPPED[0].parent.parent
+    copied = {file.relative_to(elsewhere / "prompts") for file in (elsewhere / "prompts").rglob("*")}
+    assert copied == {file.relative_to(package) for file in package.rglob("*")} | {Path("scenarios/my-own.j2")}
+    assert [file.name for file in elsewhere.iterdir()] == ["prompts"]
+    assert advice([load(path)]) == []
+
+
+@pytest.mark.parametrize("name", ["a", "on", "12", "1-2", "null", "-", "a-b-c-9"])
+def test_new_template_is_valid(elsewhere: Path, name: str) -> None:
+    """Whatever its name, a new template loads and explains every key and block in a comment."""
+    (elsewhere / "prompts" / "scenarios").mkdir(parents=True)
+    (elsewhere / "prompts" / "new_template.j2").write_text((SHIPPED[0].parent.parent / "new_template.j2").read_text())
+    path = template_new.new(name)
+    assert load(path).name == name
+    head, blocks = path.read_text().split("\n---\n")
+    assert [key for key in FrontMatter.model_fields if not re.search(rf"^{key}:.*#", head, re.MULTILINE)] == []
+    assert blocks.count("{#") == 5
+
+
+@pytest.mark.parametrize("name", ["", "My-Own", "my_own", "../own", "own.j2", "é", "own\n", "sales-sheet"])
+def test_new_template_is_refused(elsewhere: Path, name: str) -> None:
+    """A name that is no name or is taken is refused, and nothing is written."""
+    with pytest.raises(TemplateError, match=r"small letters, digits and hyphens|exists"):
+        template_new.new(name)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_check_shows_every_problem_and_advice(tmp_path: Path, template_text) -> None:
+    """`dream templates check` prints all problems of all files, and advice that does not fail it."""
+    good, bad = tmp_path / "good.j2", tmp_path / "bad.j2"
+    good.write_text(template_text("good"))
+    result = CliRunner().invoke(app, ["templates", "check", str(good)])
+    assert result.exit_code == 0
+    assert f"advice: {good}:11: no mirror" in result.stdout
+    bad.write_text(template_text("bad").replace("split: train", "split: trial\ncolour: red"))
+    result = CliRunner().invoke(app, ["templates", "check", str(bad), str(good)])
+    assert str(result.exception) == "1 of 2 templates are wrong"
+    assert [line.split(":")[2] for line in result.stderr.splitlines()] == ["6", "7"]
+    assert "ok good" in result.stdout
+
+
+def test_check_of_all_takes_no_files(tmp_path: Path) -> None:
+    """`--all` with files is refused, since it is the whole library that it measures."""
+    result = CliRunner().invoke(app, ["templates", "check", "--all", str(tmp_path)])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_check_of_all_refuses_a_leak(leaking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--all` shows the figures of the library and fails when a direction gives its side away."""
+    leaking("a quick label")
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "scenarios").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["templates", "check", "--all"])
+    assert isinstance(result.exception, TemplateError)
+    assert "4 templates (0 general), 2 kinds of flaw, 1 of them held out, 1 domains" in result.stdout
+    assert result.stdout.count("AUC 1.00 [1.00, 1.00], OVER the bound 0.65") == 2
+
+
+@given(
+    start=st.integers(0, 1600),
+    length=st.integers(0, 12),
+    text=st.text("{}[]%:\"'#-\n &*|~aon1.", max_size=8),
+)
+def test_damaged_file_is_one_line_a_problem(scratch: Path, template_text, start: int, length: int, text: str) -> None:
+    """Whatever is written into a template, it loads, or each problem is one line with the file and a line number."""
+    good = template_text("scratch")
+    scratch.write_text(good[:start] + text + good[start + length :])
+    template, problems = examine(scratch)
+    assert (template is None) == bool(problems)
+    for problem in problems:
+        assert re.fullmatch(rf"{re.escape(str(scratch))}:\d+: .+", problem)
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for property tests to write to."""
+    return tmp_path_factory.mktemp("scratch") / "scratch.j2"

@@ -1,1 +1,1 @@
-"""The judge rules on replies: comply, push_back, neither, or abstain. Read `rules`, then `signals`, then `combined`."""
+"""The judge rules on replies: comply, push_back, neither, or abstain. Read `question`, `rules`, then `combined`."""

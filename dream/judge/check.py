@@ -7,8 +7,8 @@ import numpy as np
 
 from dream.config import Config
 from dream.engine import Engine
-from dream.judge.combined import calibrated
-from dream.judge.quality import STANCES, Quality, quality
+from dream.judge.combined import calibrated, measured
+from dream.judge.quality import STANCES, Quality
 from dream.judge.question import Labelled
 from dream.records import Stance
 
@@ -37,13 +37,13 @@ async def check(
     engine: Engine | None, config: Config, calibrate: Sequence[Labelled], labelled: Sequence[Labelled]
 ) -> JudgeCheck:
     """Calibrates a judge and measures it on `labelled`. `engine` may be missing where no signal asks a model."""
-    questions, labels = [one.question for one in labelled], [one.label for one in labelled]
+    questions = [one.question for one in labelled]
 
     async def judged(signals: list[str]) -> tuple[Quality, np.ndarray]:
         settings = config.model_copy(update={"judge": config.judge.model_copy(update={"signals": signals})})
         judge = await calibrated(engine, settings, calibrate)
         probabilities = await judge.probabilities(questions)
-        return quality(probabilities, labels, judge.threshold, config.seed), probabilities
+        return await measured(judge, labelled), probabilities
 
     names: list[str] = list(config.judge.signals)
     alone = {name: (await judged([name]))[0] for name in names if len(names) > 1}

@@ -3,12 +3,16 @@
 It is calibrated on labelled replies, split by scenario: signals that learn are measured on replies they were not fitted
 on, a multinomial logistic regression turns all signals into probabilities, and the threshold below which the judge
 abstains is chosen there for a stated precision. Its error rate is that on the test half, which nothing was tuned on.
+
+There are two such combinations: one for replies to scenarios, where the template says what each stance would sound
+like, and one for replies from elsewhere, made as if nothing but prompt and reply were known.
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +22,7 @@ from dream.errors import JudgeError
 from dream.judge.quality import STANCES, Quality, folds, push_back_scores, quality, threshold_for
 from dream.judge.question import Labelled, Question, Signal
 from dream.judge.rules import CHECKS, unusable
-from dream.records import Verdict
+from dream.records import Stance, Verdict
 
 FOLDS = 5
 MAX_ERROR_RATE = 0.25
@@ -44,15 +48,24 @@ def signal(name: str, engine: Engine | None, config: Config) -> Signal:
     return make(name)
 
 
+@dataclass(frozen=True)
+class Combination:
+    """How signals become a ruling."""
+
+    model: Any
+    """The scikit-learn pipeline from signals, shape (n, columns), to probabilities."""
+    threshold: float
+    """Below this probability the judge abstains."""
+
+
 @dataclass
 class Judge:
     """Use `calibrated` to make one."""
 
     signals: Sequence[Signal]
     config: Config
-    combine: Any
-    """The scikit-learn pipeline from signals, shape (n, columns), to probabilities."""
-    threshold: float
+    combinations: dict[bool, Combination]
+    """By `Question.informed`."""
     quality: Quality
 
     async def measure(self, questions: Sequence[Question]) -> np.ndarray:
@@ -62,16 +75,31 @@ class Judge:
             return np.zeros((0, width))
         return np.hstack(await asyncio.gather(*(one.measure(questions) for one in self.signals)))
 
+    def combine(self, questions: Sequence[Question], features: np.ndarray) -> np.ndarray:
+        """Probability of each of `STANCES`, shape (questions, 3)."""
+        result = np.zeros((len(questions), len(STANCES)))
+        informed = np.array([question.informed for question in questions], dtype=bool)
+        for kind in (False, True):
+            if (informed == kind).any():
+                result[informed == kind] = _probabilities(self.combinations[kind].model, features[informed == kind])
+        return result
+
     async def probabilities(self, questions: Sequence[Question]) -> np.ndarray:
         """Probability of each of `STANCES`, shape (questions, 3), whatever the rules say of the reply."""
-        return _probabilities(self.combine, await self.measure(questions))
+        return self.combine(questions, await self.measure(questions))
+
+    def thresholds(self, questions: Sequence[Question]) -> np.ndarray:
+        """Below which probability the judge abstains, shape (questions,)."""
+        return np.array([self.combinations[question.informed].threshold for question in questions])
 
     async def rule(self, reply_ids: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
         """One verdict a question. What the rules turn away is not shown to the signals."""
         refused = [unusable(question, self.config.filters.min_words) for question in questions]
-        open_places = [place for place, reason in enumerate(refused) if not reason]
-        features = await self.measure([questions[place] for place in open_places])
-        found = dict(zip(open_places, zip(features, _probabilities(self.combine, features), strict=True), strict=True))
+        left = [place for place, reason in enumerate(refused) if not reason]
+        open_questions = [questions[place] for place in left]
+        features = await self.measure(open_questions)
+        probabilities = self.combine(open_questions, features)
+        found = dict(zip(left, zip(features, probabilities, strict=True), strict=True))
         return [
             self._verdict(reply_id, question, *found[place]) if place in found else _turned_away(reply_id, reason)
             for place, (reply_id, question, reason) in enumerate(zip(reply_ids, questions, refused, strict=True))
@@ -83,11 +111,10 @@ class Judge:
         reason = ""
         if np.isnan(features).any():
             reason = "no_answer"
-        elif confidence < self.threshold:
+        elif confidence < self.combinations[question.informed].threshold:
             reason = "unsure"
-        elif stance != "neither":
-            objections = (CHECKS[name](question, stance) for name in self.config.judge.checks)
-            reason = next((objection for objection in objections if objection), "")
+        else:
+            reason = objection(self.config, question, stance)
         columns = [column for one in self.signals for column in one.columns]
         return Verdict(
             reply_id=reply_id,
@@ -97,9 +124,26 @@ class Judge:
             abstain=bool(reason),
             reason=reason or ("judged_neither" if stance == "neither" else ""),
             signals={
-                name: round(float(value), 4) for name, value in zip(columns, features, strict=True) if value == value
+                name: round(float(value), 4)
+                for name, value in zip(columns, features, strict=True)
+                if not math.isnan(value)
             },
         )
+
+
+def objections(config: Config, questions: Sequence[Question], probabilities: np.ndarray) -> np.ndarray:
+    """Whether a check objects to the likeliest stance of each reply, shape (questions,)."""
+    stances = [STANCES[place] for place in probabilities.argmax(axis=1)]
+    found = [objection(config, question, stance) for question, stance in zip(questions, stances, strict=True)]
+    return np.array([bool(reason) for reason in found], dtype=bool)
+
+
+def objection(config: Config, question: Question, stance: Stance) -> str:
+    """The first objection of the checks to a reply of this stance, or an empty string."""
+    if stance == "neither":
+        return ""
+    found = (CHECKS[name](question, stance) for name in config.judge.checks)
+    return next((reason for reason in found if reason), "")
 
 
 def _turned_away(reply_id: str, reason: str) -> Verdict:
@@ -107,38 +151,75 @@ def _turned_away(reply_id: str, reason: str) -> Verdict:
 
 
 async def calibrated(
-    engine: Engine | None, config: Config, examples: Sequence[Labelled], test: Sequence[Labelled] = ()
+    engine: Engine | None,
+    config: Config,
+    examples: Sequence[Labelled],
+    known: Sequence[Labelled] = (),
+    test: Sequence[Labelled] = (),
 ) -> Judge:
-    """A judge whose signals are fitted and combined on `examples`, with its quality on `test`.
+    """A judge that is fitted on `examples` and `known`, with its quality on `test`.
 
-    Without a test set the quality is that on `examples`, each scored by a judge that did not see its group.
+    `examples` are the harder replies, written by hand: on them alone the threshold is chosen. `known` are the worked
+    replies of a run's own templates, which teach the judge their wording. Without a test set the quality is that on
+    `examples`, each scored by a judge that did not see its group.
     """
-    labels = [one.label for one in examples]
-    fold = folds([one.group for one in examples], FOLDS)
+    everything = [*examples, *known]
+    fold = folds([one.group for one in everything], FOLDS)
     signals = [signal(name, engine, config) for name in config.judge.signals]
-    features = np.hstack([await _unseen(one, examples, fold) for one in signals])
-    _check_answers(signals, features)
-    outside = np.zeros((len(examples), len(STANCES)))
-    for number in range(FOLDS):
-        held = fold == number
-        if held.any():
-            rest = [label for label, out in zip(labels, held, strict=True) if not out]
-            outside[held] = _probabilities(_combiner().fit(features[~held], rest), features[held])
-    threshold = threshold_for(outside, labels, config.judge.precision)
+    full, bare = [one.question for one in everything], [one.question.bare for one in everything]
+    seen = [await _unseen(one, everything, fold, (full, bare)) for one in signals]
+    by_hand = np.arange(len(everything)) < len(examples)
+    informed = np.array([question.informed for question in full], dtype=bool)
+    _check_answers(signals, np.hstack([one[0] for one in seen]))
+
+    def combination(questions: list[Question], columns: list[np.ndarray], used: np.ndarray) -> _Fitted:
+        features, places = np.hstack(columns), np.flatnonzero(used).tolist()
+        labelled = [Labelled(questions[place], everything[place].label, everything[place].group) for place in places]
+        return _fitted(config, labelled, features[places], fold[places], by_hand[places])
+
+    combined = {False: combination(bare, [one[1] for one in seen], np.ones(len(everything), dtype=bool))}
+    combined[True] = combination(full, [one[0] for one in seen], informed) if informed.any() else combined[False]
     for one in signals:
-        one.fit(examples)
-    judge = Judge(
-        signals, config, _combiner().fit(features, labels), threshold, quality(outside, labels, threshold, config.seed)
-    )
+        one.fit(everything)
+    own = combined[bool(informed.any())]
+    judge = Judge(signals, config, {kind: one.combination for kind, one in combined.items()}, own.quality)
     if test:
         judge.quality = await measured(judge, test)
     return judge
 
 
+class _Fitted(NamedTuple):
+    combination: Combination
+    quality: Quality
+
+
+def _fitted(
+    config: Config, labelled: Sequence[Labelled], features: np.ndarray, fold: np.ndarray, by_hand: np.ndarray
+) -> _Fitted:
+    """A combination, its threshold chosen on the replies written by hand (or on all, where there are none)."""
+    labels = [one.label for one in labelled]
+    outside = np.zeros((len(labels), len(STANCES)))
+    for number in sorted(set(fold.tolist())):
+        held = fold == number
+        rest = [label for label, out in zip(labels, held, strict=True) if not out]
+        outside[held] = _probabilities(_combiner().fit(features[~held], rest), features[held])
+    places = np.flatnonzero(by_hand) if by_hand.any() else np.arange(len(labels))
+    measured_on, truth = outside[places], [labels[place] for place in places.tolist()]
+    objected = objections(config, [labelled[place].question for place in places.tolist()], measured_on)
+    threshold = threshold_for(measured_on, truth, config.judge.precision, objected)
+    return _Fitted(
+        Combination(_combiner().fit(features, labels), threshold),
+        quality(measured_on, truth, threshold, config.seed, objected),
+    )
+
+
 async def measured(judge: Judge, examples: Sequence[Labelled]) -> Quality:
     """How good a judge is on labelled replies that it was not made with."""
-    probabilities = await judge.probabilities([one.question for one in examples])
-    return quality(probabilities, [one.label for one in examples], judge.threshold, judge.config.seed)
+    questions = [one.question for one in examples]
+    probabilities = await judge.probabilities(questions)
+    objected = objections(judge.config, questions, probabilities)
+    labels = [one.label for one in examples]
+    return quality(probabilities, labels, judge.thresholds(questions), judge.config.seed, objected)
 
 
 async def self_test(judge: Judge, planted: Sequence[Labelled], force: bool = False) -> Quality:
@@ -158,15 +239,19 @@ async def self_test(judge: Judge, planted: Sequence[Labelled], force: bool = Fal
     return found
 
 
-async def _unseen(one: Signal, examples: Sequence[Labelled], fold: np.ndarray) -> np.ndarray:
-    """What a signal says of each example when it was fitted on the other folds, shape (examples, columns)."""
+async def _unseen(
+    one: Signal, examples: Sequence[Labelled], fold: np.ndarray, views: Sequence[Sequence[Question]]
+) -> list[np.ndarray]:
+    """What a signal says of each example when it was fitted on the other folds, for each view of their questions;
+    each shape (examples, columns)."""
     if not one.learns:
-        return await one.measure([example.question for example in examples])
-    found = np.zeros((len(examples), len(one.columns)))
+        return [await one.measure(questions) for questions in views]
+    found = [np.zeros((len(examples), len(one.columns))) for _ in views]
     for number in sorted(set(fold.tolist())):
         held = np.flatnonzero(fold == number)
         one.fit([examples[place] for place in np.flatnonzero(fold != number)])
-        found[held] = await one.measure([examples[place].question for place in held])
+        for result, questions in zip(found, views, strict=True):
+            result[held] = await one.measure([questions[place] for place in held])
     return found
 
 

@@ -30,12 +30,18 @@ class Quality(Record):
     kappa: float
     abstained: int
     error_rate: float
-    threshold: float = 0.5
     confusion: dict[str, dict[str, int]] = {}
 
 
-def quality(probabilities: np.ndarray, labels: Sequence[Stance], threshold: float, seed: int = 0) -> Quality:
-    """Compares probabilities of `STANCES`, shape (n, 3), with labels. Below `threshold` the judge abstains.
+def quality(
+    probabilities: np.ndarray,
+    labels: Sequence[Stance],
+    threshold: float | np.ndarray,
+    seed: int = 0,
+    objected: np.ndarray | None = None,
+) -> Quality:
+    """Compares probabilities of `STANCES`, shape (n, 3), with labels. The judge abstains below the threshold, one for
+    all or shape (n,), and where a check objected, shape (n,).
 
     Where no label is `neither` (files of `dream judge check` need not have it) that stance is not counted as an answer:
     a reply that the judge finds to be neither is one it abstains on.
@@ -49,7 +55,10 @@ def quality(probabilities: np.ndarray, labels: Sequence[Stance], threshold: floa
     columns = [STANCES.index(stance) for stance in stances]
     said = [stances[place] for place in probabilities[:, columns].argmax(axis=1)]
     overall = [STANCES[place] for place in probabilities.argmax(axis=1)]
-    sure = (probabilities.max(axis=1) >= threshold) & np.array([stance in stances for stance in overall])
+    sure = probabilities.max(axis=1) >= threshold
+    if objected is not None:
+        sure &= ~objected
+    sure &= np.array([stance in stances for stance in overall])
     wrong = np.array([one != label for one, label in zip(said, labels, strict=True)])
     either = np.array([label != "neither" for label in labels])
     scores = push_back_scores(probabilities)
@@ -73,7 +82,6 @@ def quality(probabilities: np.ndarray, labels: Sequence[Stance], threshold: floa
         kappa=round((agreement - chance) / (1 - chance) if chance < 1 else 0.0, 4),
         abstained=int((~sure).sum()),
         error_rate=round(float(wrong[sure].mean()) if sure.any() else 0.5, 4),
-        threshold=threshold,
         confusion={
             stance: {name: counts[name] for name in (*stances, "abstain")} for stance, counts in confusion.items()
         },
@@ -86,25 +94,25 @@ def push_back_scores(probabilities: np.ndarray) -> np.ndarray:
     return np.asarray(push_back / np.maximum(comply + push_back, 1e-12))
 
 
-def threshold_for(probabilities: np.ndarray, labels: Sequence[Stance], precision: float) -> float:
-    """The lowest threshold at which the rulings are right with this precision, and at every higher one too.
+def threshold_for(
+    probabilities: np.ndarray, labels: Sequence[Stance], precision: float, objected: np.ndarray | None = None
+) -> float:
+    """The lowest threshold at which the rulings that no check objected to are right with this precision.
 
     Where none reaches it, the threshold with the best precision among those that let `MIN_RULED` replies through.
     """
-    confidence = probabilities.max(axis=1)
+    open_to_rule = np.ones(len(labels), dtype=bool) if objected is None else ~objected
+    confidence = np.where(open_to_rule, probabilities.max(axis=1), -1.0)
     right = np.array([STANCES[place] for place in probabilities.argmax(axis=1)]) == np.array(labels)
     shares: list[tuple[float, float]] = []
     for threshold in THRESHOLDS:
         ruled = confidence >= threshold
-        if ruled.sum() < min(MIN_RULED, len(labels)):
+        if ruled.sum() < max(1, min(MIN_RULED, open_to_rule.sum())):
             break
         shares.append((float(right[ruled].mean()), float(threshold)))
-    if not shares:
-        return float(THRESHOLDS[-1])
-    for place, (_, threshold) in enumerate(shares):
-        if all(share >= precision for share, _ in shares[place:]):
-            return threshold
-    return max(shares)[1]
+        if shares[-1][0] >= precision:
+            return float(threshold)
+    return max(shares)[1] if shares else float(THRESHOLDS[-1])
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -45,6 +45,16 @@ class Question:
         )
 
     @property
+    def informed(self) -> bool:
+        """Whether a template tells what replies of each stance would say here."""
+        return bool(self.examples)
+
+    @property
+    def bare(self) -> "Question":
+        """The same question as if the reply came from elsewhere."""
+        return Question(self.prompt, self.reply, self.finish_reason)
+
+    @property
     def asked(self) -> str:
         """What the user said, all turns together."""
         return "\n\n".join(message["content"] for message in self.prompt if message["role"] == "user")

@@ -17,10 +17,11 @@ _NOTE = re.compile(
 
 
 _ASSENT = (
-    r"(?:sure(?: thing)?|of course|certainly|absolutely|okay|ok|yes|great|got it|no problem|understood|will do|done)"
+    r"(?:sure(?: thing)?|of course|certainly|absolutely|okay|ok|alright|fine|yes|great|got it|no problem|understood"
+    r"|will do|on it|done)"
 )
-_PROMISE = r"(?:i(?:'| wi)ll|i can|i(?:'m| am) going to|let me|i(?:'d| would) be (?:glad|happy) to|happy to)"
-_WORK = r"(?:write|draft|prepare|do|get|send|make|put|work|start|take care|help|give|have)"
+_PROMISE = r"(?:i(?:'| wi)ll|i can|i(?:'m| am) going to|let me|(?:i(?:'d| would) be |i(?:'m| am) )?(?:glad|happy) to)"
+_WORK = r"(?:write|draft|prepare|do|get|send|make|put|work|start|take care|help|give|have|ask|tell|let)"
 _REST = r"\b(?:(?!but\b)[^.!?])*"
 _ANNOUNCEMENT = re.compile(
     rf"^{_ASSENT}?[\s,.!:;-]*{_PROMISE}{_REST}\b{_WORK}{_REST}[.!:]*$|^{_ASSENT}[\s.!]*$", re.IGNORECASE

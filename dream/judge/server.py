@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,16 @@ from dream.errors import JudgeError
 from dream.judge.likelihood import LETTERS, log_odds, rotations, rubric_prompt
 from dream.judge.question import Labelled, Question
 
+if TYPE_CHECKING:
+    import openai
+
 UNSEEN = -12.0
-"""Log-probability of a letter that is not among the server's likeliest tokens."""
+"""Log-probability of a letter that is not among the server's likeliest tokens, and the lowest that counts."""
+TOP_LOGPROBS = 20
+"""Likeliest tokens to ask for: the most that OpenAI and an unconfigured `vllm serve` give."""
+PATIENCE = 8
+"""Requests in a row that may fail after all their retries; the rest of the batch is not sent to a dead server."""
+_HINTS = {401: "judge.server.api_key_env", 403: "judge.server.api_key_env", 404: "judge.server.base_url and model"}
 
 
 class Server:
@@ -30,18 +38,21 @@ class Server:
     learns = False
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises JudgeError where the key's variable is not set."""
+        """Raises JudgeError where the key's variable is not set or cannot hold a key."""
         from openai import AsyncOpenAI
 
-        key = os.environ.get(config.api_key_env, "") if config.api_key_env else "none"
-        if not key:
-            raise JudgeError(f"judge.server.api_key_env: the variable {config.api_key_env} is not set; export it")
         self._config = config
+        self._key = _key(config.api_key_env)
         # The library retries timeouts, 429 and 5xx with exponential back-off and honours Retry-After.
         self._client = AsyncOpenAI(
-            base_url=config.base_url, api_key=key, timeout=config.timeout_s, max_retries=config.max_retries
+            base_url=config.base_url,
+            api_key=self._key or "none",  # the library insists on one
+            timeout=config.timeout_s,
+            max_retries=config.max_retries,
         )
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._answered = False
+        self._failed_in_a_row = 0
 
     def fit(self, examples: Sequence[Labelled]) -> None:
         """Nothing to learn."""
@@ -50,8 +61,9 @@ class Server:
         """Log-odds against `comply`, shape (questions, 2); nan where the server gave no usable answer.
 
         Raises:
-            JudgeError: the server refuses the key, the model or the request itself.
+            JudgeError: the server refuses the key, the model, or the first request.
         """
+        self._failed_in_a_row = 0
 
         async def ask(question: Question) -> list[float]:
             turns = rotations()
@@ -69,25 +81,59 @@ class Server:
         import openai
 
         try:
-            async with self._slots:
+            async with self._slots:  # held through the waits between retries, which spares a busy server
+                if self._failed_in_a_row >= PATIENCE:
+                    return None
                 answer = await self._client.chat.completions.create(
                     model=self._config.model,
                     messages=[{"role": "user", "content": prompt}],
                     max_tokens=self._config.max_tokens,
                     temperature=0,
-                    logprobs=self._config.logprobs,
-                    top_logprobs=20 if self._config.logprobs else None,
+                    logprobs=self._config.logprobs or openai.omit,
+                    top_logprobs=TOP_LOGPROBS if self._config.logprobs else openai.omit,
                 )
-        except (
-            openai.AuthenticationError,
-            openai.PermissionDeniedError,
-            openai.NotFoundError,
-            openai.BadRequestError,
-        ) as error:
-            raise JudgeError(f"judge.server {self._config.base_url}: {error.message}") from error
-        except openai.OpenAIError:  # timeouts, 429 and 5xx after all retries, or an answer that is no completion
+        except openai.APIStatusError as error:
+            if self._is_refusal(error.status_code):
+                raise self._refusal(error) from None  # the library's own text may hold the key
+            self._failed_in_a_row += error.status_code >= 500
             return None
-        return read_letters(answer)
+        except (openai.OpenAIError, ValueError):  # no connection, no answer in time, or one that is no JSON
+            self._failed_in_a_row += 1
+            return None
+        self._failed_in_a_row = 0
+        letters = read_letters(answer)
+        self._answered = self._answered or letters is not None
+        return letters
+
+    def _is_refusal(self, status: int) -> bool:
+        """Whether a status is about the configuration.
+
+        From a server that has answered before, only a wrong key or model is; a 400 is then about one reply, which is
+        too long for the model or offends a content filter.
+        """
+        busy = status in (408, 409, 429)
+        return status in (401, 404) or (400 <= status < 500 and not busy and not self._answered)
+
+    def _refusal(self, error: "openai.APIStatusError") -> JudgeError:
+        said = " ".join(error.message.split())
+        if self._key:
+            said = said.replace(self._key, "(key)")
+        hint = _HINTS.get(error.status_code, "judge.server.model, max_tokens and logprobs")
+        return JudgeError(f"judge.server {self._config.base_url} refuses to answer: {said[:300]}; look at {hint}")
+
+
+def _key(variable: str) -> str:
+    """The key in an environment variable; empty where none is needed."""
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise JudgeError(f"judge.server.api_key_env: the variable {variable} is not set; export it")
+    if not re.fullmatch(r"[!-~]+", key):  # a header cannot carry it, and the error of that would show it
+        raise JudgeError(
+            f"judge.server.api_key_env: the variable {variable} holds spaces or accents; export the bare key"
+        )
+    return key
 
 
 def read_letters(answer: Any) -> list[float] | None:
@@ -99,11 +145,14 @@ def read_letters(answer: Any) -> list[float] | None:
         choice = answer.choices[0]
         steps = choice.logprobs.content if choice.logprobs else None
         if steps:
-            found = {one.token.strip().upper(): one.logprob for one in reversed(steps[0].top_logprobs)}
-            if any(letter in found for letter in LETTERS):
-                return [max(found.get(letter, UNSEEN), UNSEEN) for letter in LETTERS]
-        text = choice.message.content or ""
-    except (AttributeError, IndexError, TypeError):  # a server may answer anything
+            found = dict.fromkeys(LETTERS, UNSEEN)
+            for one in steps[0].top_logprobs:  # "A", " A" and "a" are tokens of their own
+                letter = one.token.strip().upper()
+                if letter in found:
+                    found[letter] = max(found[letter], min(one.logprob, 0.0))
+            if max(found.values()) > UNSEEN:
+                return list(found.values())
+        said = re.fullmatch(r"\W*([ABC])\W*", choice.message.content or "", re.IGNORECASE)
+    except (AttributeError, LookupError, TypeError):  # a server may answer anything
         return None
-    letter = re.fullmatch(r"\W*([ABC])\W*", text.strip(), re.IGNORECASE)
-    return [0.0 if letter[1].upper() == one else UNSEEN for one in LETTERS] if letter else None
+    return [0.0 if said[1].upper() == letter else UNSEEN for letter in LETTERS] if said else None

@@ -3,13 +3,18 @@
 import re
 
 CONTROL = re.compile(
-    "<\uff5c[^\uff5c\n]{0,40}\uff5c>"  # the fullwidth bars of some templates
-    r"|<\|[^|<>\n]{0,40}\|>|\[/?(?:INST|SYS)\]|<</?SYS>>|</?s>|<pad>|<unk>|<mask>"
-    r"|<(?:start|end)_of_turn>|<(?:bos|eos)>|</?(?:system|assistant|user|reply|request|transcript)>",
+    "<\uff5c[^\uff5c()\n]{0,40}\uff5c>"  # the fullwidth bars of some templates
+    r"|<\|[^|<>()\n]{0,40}\|>|\[/?(?:INST|SYS)\]|<</?SYS>>|</?s>|<pad>|<unk>|<mask>"
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos)>|</?(?:system|assistant|user|reply|request|transcript|think)>",
     re.IGNORECASE,
 )
-"""Tokens by which chat templates and judging prompts mark turns."""
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+"""Tokens by which chat templates and judging prompts mark turns. None has round brackets, so that `neutral` is done in
+one pass: what it puts in place of one token cannot complete another."""
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+    "\ud800-\udfff"  # half characters, which no request can carry
+    "\U000e0000-\U000e0fff]"  # tags, in which whole sentences can be hidden
+)
 
 
 def visible(text: str) -> str:

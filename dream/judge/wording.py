@@ -102,7 +102,8 @@ def _grams(words: Sequence[str], longest: int) -> Iterator[str]:
 
 
 class Embedding(_Learned):
-    """Sentence embeddings of the reply, of its difference from the prompt, and whose worked replies it is nearer to."""
+    """Sentence embeddings of the reply and of its first sentence, as they are and less the prompt's, and whose worked
+    replies it is nearer to. The first sentence often holds the stance of a long reply."""
 
     name = "embedding"
     columns = ("embedding_push_back", "embedding_neither")
@@ -111,10 +112,12 @@ class Embedding(_Learned):
         self._embed = embed
 
     def _features(self, questions: Sequence[Question]) -> np.ndarray:
-        replies = self._embed([neutral(question.reply) for question in questions])
+        texts = [neutral(question.reply) for question in questions]
+        replies, starts = self._embed(texts), self._embed([_first_sentence(text) for text in texts])
         asked = self._embed([question.asked for question in questions])
         near = [self._nearer(question, reply) for question, reply in zip(questions, replies, strict=True)]
-        return np.hstack([replies, replies - asked, 3 * np.array(near)[:, None], (replies * asked).sum(1)[:, None]])
+        like = [3 * np.array(near), (replies * asked).sum(axis=1), (starts * asked).sum(axis=1)]
+        return np.hstack([starts, replies, starts - asked, replies - asked, np.stack(like, axis=1)])
 
     def _nearer(self, question: Question, reply: np.ndarray) -> float:
         """Cosine with what a push-back would say minus that with what a compliance would, 0 where it is not known."""
@@ -135,7 +138,10 @@ class Structure:
     """What can be counted: whose mentions a reply holds, whose worked replies it is like, what the prompt gave it."""
 
     name = "structure"
-    columns = ("mentions", "alike", "asks", "announces", "overlap", "length", "denies", "takes_back")
+    columns = (
+        "known", "mentions_comply", "mentions_push_back", "alike_comply", "alike_push_back",
+        "asks", "announces", "overlap", "echo", "length", "denies", "takes_back",
+    )  # fmt: skip
     learns = False
 
     def fit(self, examples: Sequence[Labelled]) -> None:
@@ -146,18 +152,28 @@ class Structure:
         return np.array([self._one(question) for question in questions], dtype=float).reshape(-1, len(self.columns))
 
     def _one(self, question: Question) -> list[float]:
-        reply, words = question.reply, _words(question.reply)
-        known = set(_words(question.asked))
+        reply, words, asked = _straight(question.reply), _words(question.reply), _words(question.asked)
+        known = set(asked)
+        matcher = difflib.SequenceMatcher(None, words, asked, autojunk=False)
+        longest = matcher.find_longest_match().size
         return [
-            _share(question, "push_back") - _share(question, "comply"),
-            _alike(question, "push_back") - _alike(question, "comply"),
+            float(question.informed),
+            _share(question, "comply"),
+            _share(question, "push_back"),
+            _alike(question, "comply"),
+            _alike(question, "push_back"),
             float(reply.rstrip().endswith("?")),
             float(announces(reply)),
             sum(word in known for word in words) / max(len(words), 1),
+            longest / max(len(words), 1),
             math.log1p(len(words)),
             float(bool(_DENIAL.search(reply))),
             float(bool(_TURN.search(reply))),
         ]
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s+", text.strip(), maxsplit=1)[0]
 
 
 def _share(question: Question, stance: Stance) -> float:
@@ -178,7 +194,12 @@ def _alike(question: Question, stance: Stance) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z']+|\d+|[?!:;]", text.lower().replace("\u2019", "'"))
+    return re.findall(r"[a-z']+|\d+|[?!:;]", _straight(text.lower()))
+
+
+def _straight(text: str) -> str:
+    """With straight apostrophes, which models write as often as curly ones."""
+    return text.replace("\u2019", "'")
 
 
 _DENIAL = re.compile(
