@@ -7,12 +7,12 @@ import contextlib
 import difflib
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dream.errors import ConfigError
 from dream.hardware import bfloat16_is_fast, gpu_visible
@@ -105,10 +105,10 @@ class ServerConfig(Section):
     """An OpenAI-compatible server that is asked for verdicts."""
 
     base_url: str
-    "Its address, e.g. `http://127.0.0.1:8000/v1`; without user or password, which would end up in manifests."
-    model: str
+    "Its address, e.g. `http://127.0.0.1:8000/v1`; without user, password or query, which would end up in manifests."
+    model: str = Field(min_length=1)
     "The model it is asked for."
-    api_key_env: str = ""
+    api_key_env: str = Field("", pattern=r"^([A-Za-z_]\w*)?$")
     "The environment variable that holds the key; empty where none is needed. The key itself is stored nowhere."
     timeout_s: float = Field(60, gt=0)
     "Seconds for one answer."
@@ -121,11 +121,18 @@ class ServerConfig(Section):
     logprobs: bool = True
     "Ask for log-probabilities, which tell how sure the model is; off for servers that have none."
 
-    @model_validator(mode="after")
-    def _no_secrets(self) -> "ServerConfig":
-        if re.match(r"\w+://[^/]*@", self.base_url):
-            raise ValueError("base_url holds a user or password; name a variable in api_key_env instead")
-        return self
+    @field_validator("base_url")
+    @classmethod
+    def _plain_address(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+        except ValueError as error:
+            raise ValueError("not an address") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an address such as http://127.0.0.1:8000/v1")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("holds a user, password or query; name a variable in api_key_env instead")
+        return value
 
 
 class JudgeConfig(Section):
@@ -170,7 +177,7 @@ class FilterConfig(Section):
 
 
 class AuditConfig(Section):
-    """How well a classifier may tell right from wrong by what should not tell: area under the ROC curve, out of fold."""
+    """How well a classifier may tell right from wrong by what should not tell it: AUCs, each out of fold."""
 
     direction_auc: float = Field(0.65, ge=0.5, le=1)
     "Clear or flawed, from the direction's words alone, on templates that it was not trained on."
@@ -301,7 +308,9 @@ class Config(Section):
 
 # These change how a run is carried out, not what it yields; a run may be continued with other values.
 _EXECUTION_KEYS = ("ray.", "rounds", "engine.replicas", "engine.max_restarts", "engine.request_timeout_s",
-                   "engine.cpu_kv_cache_gib", "engine.gpu_memory_utilization", "generate.concurrency")  # fmt: skip
+                   "engine.cpu_kv_cache_gib", "engine.gpu_memory_utilization", "generate.concurrency",
+                   "judge.server.timeout_s", "judge.server.max_retries", "judge.server.concurrency",
+                   "judge.server.api_key_env")  # fmt: skip
 
 
 def load(path: Path | None, overrides: list[str] | None = None) -> tuple[Config, Path]:
@@ -346,7 +355,9 @@ def parse(raw: dict[str, Any], source: str) -> Config:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ConfigError(f"{source}: unknown key {key!r}{hint}") from error
-        raise ConfigError(f"{source}: {key}: {first['msg']} (got {first['input']!r})") from error
+        # What a server's keys were given may hold a secret that somebody pasted there.
+        got = "" if isinstance(first["input"], dict) or "server" in first["loc"] else f" (got {first['input']!r})"
+        raise ConfigError(f"{source}: {key}: {first['msg']}{got}") from error
 
 
 def resolved(config: Config) -> Config:

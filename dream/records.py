@@ -154,7 +154,7 @@ class Dropped(Record):
 class EvalPair(Record):
     """One side of an evaluation pair: a prompt and one reply of each stance.
 
-    `aims` (what a reply of each stance would do here) helps the judge and is known for pairs made from templates.
+    The rest helps the judge with sampled replies and is known for pairs made from templates: see `SideText`.
     """
 
     pair_id: str
@@ -163,3 +163,6 @@ class EvalPair(Record):
     comply: str = Field(min_length=1)
     push_back: str = Field(min_length=1)
     aims: dict[Stance, str] = {}
+    mentions: dict[Stance, list[str]] = {}
+    examples: dict[Stance, list[str]] = {}
+    other_examples: dict[Stance, list[str]] = {}

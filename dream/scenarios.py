@@ -91,8 +91,9 @@ def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[Eva
     for number in range(count):
         template, draw_seed = next(draws)
         scenario = draw(template, draw_seed, f"eval-{seed}-{number:04d}")
-        for side in SIDES:
-            replies = {stance: scenario.side(side).examples[stance] for stance in STANCES}
+        for side, other in zip(SIDES, reversed(SIDES), strict=True):
+            text = scenario.side(side)
+            replies = text.examples
             rows.append(
                 EvalPair(
                     pair_id=scenario.scenario_id,
@@ -100,7 +101,10 @@ def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[Eva
                     prompt=scenario.prompt(side),
                     comply=replies["comply"][draw_seed % len(replies["comply"])],
                     push_back=replies["push_back"][draw_seed % len(replies["push_back"])],
-                    aims=scenario.side(side).aims,
+                    aims=text.aims,
+                    mentions=text.mentions,
+                    examples=text.examples,
+                    other_examples=scenario.side(other).examples,
                 )
             )
     return rows

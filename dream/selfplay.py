@@ -16,6 +16,8 @@ from dream.scenarios import draw
 from dream.templates import Template, mentioned
 
 BACKGROUND_WORDS = range(5, 31)
+ODD_WORDS = {"ai", "assistant", "chatbot", "human", "robot", "computer", "not", "cannot", "never", "you", "your"}
+"""In a background sentence these show that the dreamer speaks of itself, or denies something."""
 
 
 def steering(stance: Stance, prompt: str, aim: str, examples: Sequence[tuple[str, str, str]] = ()) -> list[Message]:
@@ -132,6 +134,7 @@ async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 
         and not words & slots
         and _plain(sentence) not in known
         and words & {"i", "my", "we", "our"}
+        and not words & ODD_WORDS
     )
     return scenario.model_copy(update={"background": sentence}) if fits else scenario
 

@@ -49,18 +49,32 @@ async def engine_and_judge(
 ) -> "AsyncIterator[tuple[Engine, Judge]]":
     """An engine with the initial model (as `models.resolve` named it), and a judge that is calibrated on the gold set
     and has told known replies of the training templates apart."""
+    from dream.embed import minilm
     from dream.judge.combined import self_test
     from dream.judge.planted import planted
 
-    terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
-    async with open_engine(config, model) as engine, _judging_engine(config, engine, open_engine) as asked:
-        trained = [template for template in loaded if template.front.split == "train"]
-        known = planted(trained, config.judge.self_test_replies, config.seed)
-        judge = await gold_judge(asked, config, known, terminal)
-        unseen = planted(trained, config.judge.self_test_replies, config.seed, odd=True)
-        found = await self_test(judge, unseen, force)
-        terminal.judge(judge.quality, found)
-        yield engine, judge
+    trained = [template for template in loaded if template.front.split == "train"]
+    known = planted(trained, config.judge.self_test_replies, config.seed)
+    unseen = planted(trained, config.judge.self_test_replies, config.seed, odd=True)
+    terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype}) and calibrating the judge")
+    # A judge that asks no model is made while the engine starts.
+    early = None if asks_a_model(config) else asyncio.create_task(gold_judge(None, config, known))
+    try:
+        async with open_engine(config, model) as engine, _judging_engine(config, engine, open_engine) as asked:
+            judge = await (early or gold_judge(asked, config, known))
+            found = await self_test(judge, unseen, force)
+            if "embedding" in config.judge.signals:
+                minilm().save()
+            terminal.judge(judge.quality, found)
+            yield engine, judge
+    finally:
+        if early is not None:
+            early.cancel()
+
+
+def asks_a_model(config: Config) -> bool:
+    """Whether the judge has signals that need an engine."""
+    return bool({"contrast", "rubric"} & set(config.judge.signals))
 
 
 @asynccontextmanager
@@ -73,12 +87,11 @@ async def _judging_engine(config: Config, engine: Engine, open_engine: OpenEngin
         yield second
 
 
-async def gold_judge(engine: Engine, config: Config, known: "Sequence[Labelled]", terminal: Terminal) -> "Judge":
+async def gold_judge(engine: Engine | None, config: Config, known: "Sequence[Labelled]") -> "Judge":
     """A judge that is calibrated on one half of the gold set and measured on the other; `known` see `calibrated`."""
     from dream.judge.combined import calibrated
     from dream.judge.gold import halves, read_gold
 
-    terminal.stage("calibrating the judge on the gold set")
     calibrate, test = halves([labelled for _, labelled in read_gold()])
     return await calibrated(engine, config, calibrate, known, test)
 
@@ -228,9 +241,11 @@ def check_judge(
 ) -> "JudgeCheck":
     """How good the judge is on a file of labelled replies, or on the test half of the gold set: combined, and each of
     its signals alone."""
+    from dream.embed import minilm
     from dream.inputs import read_labelled
     from dream.judge.check import check
     from dream.judge.gold import halves, read_gold
+    from dream.judge.planted import planted
     from dream.scenarios import STANCES
 
     calibrate, test = halves([labelled for _, labelled in read_gold()])
@@ -238,19 +253,23 @@ def check_judge(
     for stance in STANCES:
         if not any(one.label == stance for one in labelled):
             raise DataError(f"{file}: no reply is labelled {stance}; the judge is measured on replies of both stances")
-    asks_a_model = {"contrast", "rubric"} & set(config.judge.signals)
+    trained = [template for template in templates.load_all() if template.front.split == "train"]
+    known = planted(trained, config.judge.self_test_replies, config.seed)
 
     async def work() -> "JudgeCheck":
-        if not asks_a_model:
+        if not asks_a_model(config):
             terminal.stage(f"judging {len(labelled)} replies")
-            return await check(None, config, calibrate, labelled)
+            return await check(None, config, calibrate, known, labelled)
         name = config.judge.model or config.model
         terminal.stage(f"starting the engine with {name} ({config.engine.dtype})")
         async with open_engine(config, models.resolve(name)) as engine:
             terminal.stage(f"judging {len(labelled)} replies")
-            return await check(engine, config, calibrate, labelled)
+            return await check(engine, config, calibrate, known, labelled)
 
-    return asyncio.run(work())
+    found = asyncio.run(work())
+    if "embedding" in config.judge.signals:
+        minilm().save()
+    return found
 
 
 def import_logs(

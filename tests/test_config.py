@@ -215,7 +215,6 @@ def test_every_choice_is_documented(field: str, words: list[str]) -> None:
     assert [word for word in words if f"`{word}`" not in text] == []
 
 
-@pytest.mark.xfail(reason="the message repeats the whole section")
 def test_refused_password_is_not_shown() -> None:
     """The message about a password in an address does not repeat it."""
     with pytest.raises(ConfigError, match="api_key_env") as caught:

@@ -3,11 +3,13 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dream.embed import WIDTH, minilm
+from dream.embed import WIDTH, MiniLM, minilm
 from dream.errors import ConfigError
 
 TEXTS = [
@@ -35,6 +37,30 @@ def test_order_and_company_do_not_matter() -> None:
     alone = np.concatenate([minilm()([text]) for text in TEXTS])
     assert np.allclose(together, backwards, atol=1e-5)
     assert np.allclose(together[: len(TEXTS)], alone, atol=1e-5)
+
+
+def test_vectors_are_kept_for_the_next_start(tmp_path: Path) -> None:
+    """A text is embedded once, also after a restart; a broken cache is no cache; a closed folder is no error."""
+    asked: list[str] = []
+
+    def model(texts: Sequence[str]) -> np.ndarray:
+        asked.extend(texts)
+        return np.full((len(texts), WIDTH), len(asked), dtype=np.float32)
+
+    cache = tmp_path / "kept" / "vectors.npz"
+    first = MiniLM(lambda: model, cache)
+    before = first(["a", "b", "a"])
+    first.save()
+    assert asked == ["a", "b"]
+    assert np.array_equal(MiniLM(lambda: model, cache)(["a", "b", "a"]), before)
+    assert asked == ["a", "b"]
+    cache.write_bytes(b"PK broken")
+    MiniLM(lambda: model, cache)(["a"])
+    assert asked == ["a", "b", "a"]
+    (tmp_path / "file").write_text("")
+    closed = MiniLM(lambda: model, tmp_path / "file" / "vectors.npz")
+    closed(["a"])
+    closed.save()
 
 
 def test_text_beyond_the_limit_and_no_text() -> None:

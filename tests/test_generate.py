@@ -530,15 +530,27 @@ def stuck_template(tmp_path: Path, template_text) -> Template:
     return load(path)
 
 
-def test_template_that_never_passes_does_not_stop_the_others(dream, config, tiny_templates, stuck_template) -> None:
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_template_that_never_passes_does_not_stop_the_others(
+    dream, config, tiny_templates, stuck_template, concurrency: int
+) -> None:
     """The wanted pairs come from the other templates, and the hopeless one does not eat the round."""
-    found = dream(config(pairs=6), templates=[*tiny_templates, stuck_template])
+    found = dream(config(pairs=6, concurrency=concurrency), templates=[*tiny_templates, stuck_template])
     assert {pair.clear.meta["template"] for pair in found.pairs} == {"stock", "memo"}
     assert len(found.pairs) == 6
     tried = Counter(scenario.template for scenario in found.scenarios)
     assert 0 < tried["stuck"] < 30
     assert {row.reason for row in found.dropped if row.template == "stuck"} <= {"no_comply_on_clear", "surplus"}
     check_every_scenario_ended_once(found)
+
+
+def test_demand_is_the_same_after_a_kill(dream, config, twin_templates, stuck_template) -> None:
+    """A continued round tries a template that never passes about as often as an undisturbed one does."""
+    settings, templates = config(pairs=10, concurrency=1), [*twin_templates, stuck_template]
+    dream(settings, templates=templates, stop=lambda progress: progress.accepted >= 6)
+    rounds = [dream(settings, templates=templates, number=number) for number in (1, 2)]
+    continued, undisturbed = ([one.template for one in found.scenarios].count("stuck") for found in rounds)
+    assert abs(continued - undisturbed) <= 4
 
 
 def test_round_stops_short_when_nothing_passes(dream, config, stuck_template: Template) -> None:

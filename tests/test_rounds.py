@@ -17,7 +17,7 @@ from dream.config import Config
 from dream.engine import ScriptedEngine
 from dream.errors import DataError, RunError, TrainingError
 from dream.inputs import read_contrast_pairs
-from dream.judge.combined import Judge
+from dream.judge.combined import Combination, Judge
 from dream.judge.likelihood import Contrast
 from dream.judge.quality import Quality
 from dream.records import ContrastPair, Message, PreferencePair
@@ -183,7 +183,8 @@ class Likelier:
 def quick_judge(engine) -> Judge:
     """A judge that needs no calibration: the script's likelihoods differ by 2 in favour of the reply's stance."""
     sure = Quality(n=0, auc=1, auc_ci=(1, 1), accuracy=1, kappa=1, abstained=0, error_rate=0)
-    return Judge([Contrast(engine)], Config(), Likelier(), 0.7, sure)
+    likelier = Combination(Likelier(), 0.7)
+    return Judge([Contrast(engine)], Config(), {True: likelier, False: likelier}, sure)
 
 
 @pytest.fixture

@@ -125,7 +125,10 @@ async def sampled_stances(
     answers = await asyncio.gather(*(engine.generate(row.prompt, sampling) for _, row in rows))
     replies = [completions[0] for completions in answers]
     # A reply that was cut off by max_tokens has a stance all the same; only training must not see it.
-    questions = [Question(row.prompt, reply.text, aims=row.aims) for (_, row), reply in zip(rows, replies, strict=True)]
+    questions = [
+        Question(row.prompt, reply.text, "stop", row.aims, row.mentions, row.examples, row.other_examples)
+        for (_, row), reply in zip(rows, replies, strict=True)
+    ]
     verdicts = await judge.rule([f"{row.pair_id}/{side}" for side, row in rows], questions)
     stances: dict[Side, list[str]] = {"clear": [], "flawed": []}
     for (side, _), verdict in zip(rows, verdicts, strict=True):

@@ -34,14 +34,21 @@ class JudgeCheck:
 
 
 async def check(
-    engine: Engine | None, config: Config, calibrate: Sequence[Labelled], labelled: Sequence[Labelled]
+    engine: Engine | None,
+    config: Config,
+    examples: Sequence[Labelled],
+    known: Sequence[Labelled],
+    labelled: Sequence[Labelled],
 ) -> JudgeCheck:
-    """Calibrates a judge and measures it on `labelled`. `engine` may be missing where no signal asks a model."""
+    """Calibrates a judge as a run does (see `calibrated`) and measures it on `labelled`.
+
+    `engine` may be missing where no signal asks a model.
+    """
     questions = [one.question for one in labelled]
 
     async def judged(signals: list[str]) -> tuple[Quality, np.ndarray]:
         settings = config.model_copy(update={"judge": config.judge.model_copy(update={"signals": signals})})
-        judge = await calibrated(engine, settings, calibrate)
+        judge = await calibrated(engine, settings, examples, known)
         probabilities = await judge.probabilities(questions)
         return await measured(judge, labelled), probabilities
 
