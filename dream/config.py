@@ -174,6 +174,9 @@ class FilterConfig(Section):
     "Chosen and rejected may share at most this much (difflib ratio over words)."
     min_words: int = Field(3, ge=1)
     "Words in a reply."
+    max_new_word_pairs: int | None = Field(None, ge=0)
+    """Neighbouring words that stand together neither in the prompt nor in a worked reply. For models so small that what
+    they say of their own is mostly wrong: 0 keeps what follows a pattern of the template (docs/LOG.md)."""
 
 
 class AuditConfig(Section):

@@ -22,7 +22,18 @@ from dream.errors import DataError, TemplateError
 from dream.filters import Judged, Refusal, already_right, contrast_pair, mirrored_pair, preference_pair
 from dream.judge.combined import Judge
 from dream.judge.question import Question
-from dream.records import RIGHT_STANCE, WRONG_STANCE, ContrastPair, Dropped, PreferencePair, Reply, Scenario, Side
+from dream.judge.rules import new_word_pairs
+from dream.records import (
+    RIGHT_STANCE,
+    WRONG_STANCE,
+    ContrastPair,
+    Dropped,
+    PreferencePair,
+    Reply,
+    Scenario,
+    Side,
+    Verdict,
+)
 from dream.scenarios import draw, mirrored
 from dream.selfplay import on_policy, steered, with_background, written
 from dream.store import RoundStore, drop_reasons, read_log, write_json
@@ -298,9 +309,19 @@ class RoundDreamer:
 
     async def _judged(self, scenario: Scenario, replies: list[Reply]) -> list[Judged]:
         questions = [Question.about(scenario, reply) for reply in replies]
-        verdicts = await self._judge.rule([reply.reply_id for reply in replies], questions)
+        ruled = await self._judge.rule([reply.reply_id for reply in replies], questions)
+        verdicts = [self._unless_invented(*pair) for pair in zip(questions, ruled, strict=True)]
         self._store.add("verdicts", *verdicts)
         return [Judged(reply, verdict) for reply, verdict in zip(replies, verdicts, strict=True)]
+
+    def _unless_invented(self, question: Question, verdict: Verdict) -> Verdict:
+        """The verdict, or an abstention where a reply strays too far from what the template knows."""
+        allowed = self._config.filters.max_new_word_pairs
+        if allowed is None or verdict.abstain or verdict.stance == "neither":
+            return verdict
+        if len(new := new_word_pairs(question, verdict.stance)) <= allowed:
+            return verdict
+        return verdict.model_copy(update={"abstain": True, "reason": f"invented {new[0]}"})
 
     def _keep_general(self, scenario: Scenario, row: PreferencePair | Refusal) -> int:
         if isinstance(row, Refusal):

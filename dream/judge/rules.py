@@ -1,6 +1,7 @@
 """Rules that need no model: replies that are neither compliance nor push-back, whatever a signal would say."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -93,6 +94,18 @@ def does_work(question: Question, stance: Stance) -> str:
 def _mention_objection(question: Question, stance: Stance) -> str:
     lacking = lacks_mention(question, stance)
     return f"does not mention {lacking}" if lacking else ""
+
+
+def new_word_pairs(question: Question, stance: Stance) -> list[str]:
+    """Neighbouring words of a reply that stand together nowhere in the prompt, the aims or the stance's worked replies.
+
+    A small model that strays from its pattern invents: "100 is less than 92", a room that is not there.
+    """
+    known: set[tuple[str, str]] = set()
+    for text in (question.asked, *question.aims.values(), *question.examples.get(stance, ())):
+        known |= set(itertools.pairwise(re.findall(r"\w+", text.lower())))
+    pairs = itertools.pairwise(re.findall(r"\w+", question.reply.lower()))
+    return [" ".join(pair) for pair in pairs if pair not in known]
 
 
 CHECKS: dict[str, Callable[[Question, Stance], str]] = {
