@@ -1,5 +1,6 @@
 """Which template a round needs next: kinds of flaw stay balanced, and one that never passes does not eat the round."""
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class Demand:
     under_way: Counter[str] = field(default_factory=Counter)
     drawn: Counter[str] = field(default_factory=Counter)
     """The number of the last draw; more than the attempts where a kill came before a scenario was stored."""
+    dice: str = ""
+    """The seed of independent throws, where there is to be no plan."""
 
     @property
     def missing(self) -> int:
@@ -38,7 +41,9 @@ class Demand:
         return self.under_way.total() * hope >= self.missing
 
     def next(self) -> Template:
-        """The template of the neediest kind, and within the kind the neediest template."""
+        """The template of the neediest kind, and within the kind the neediest template; any by chance with `dice`."""
+        if self.dice:
+            return random.Random(f"{self.dice}/{self.drawn.total()}").choice(self.templates)
         kinds: dict[str, list[Template]] = {}
         for template in self.templates:
             kinds.setdefault(template.front.flaw, []).append(template)

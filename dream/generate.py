@@ -76,7 +76,8 @@ class RoundDreamer:
         if not contrast:
             raise DataError("no training templates; at least one needs `split: train` and a flaw")
         pairs, share = config.generate.pairs, config.generate.general_share
-        self._contrast = Demand(contrast, pairs)
+        dice = "" if config.generate.coverage else f"template/{config.seed}/{round_number}"
+        self._contrast = Demand(contrast, pairs, dice=dice)
         self._general = Demand(general, math.ceil(2 * pairs * share / (1 - share)) if general else 0)
         self._seen = NearDuplicates(config.generate.near_duplicate)
         self._changed = asyncio.Event()

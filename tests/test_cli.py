@@ -1,5 +1,7 @@
 """dream/cli.py: what the commands print and write, and how they refuse what is wrong. No model is started."""
 
+import asyncio
+import gc
 import hashlib
 import json
 import re
@@ -16,11 +18,13 @@ import numpy as np
 import pytest
 import typer.main
 
-from dream import cli, doctor, runs
+from dream import cli, doctor, runs, tasks
 from dream.config import Config, GateConfig, load
+from dream.embed import MiniLM
 from dream.engine import ScriptedEngine
+from dream.errors import EngineError
 from dream.judge.gold import GeneralReply, GoldReply
-from dream.records import PreferencePair, assistant, user
+from dream.records import PreferencePair, Verdict, assistant, user
 from dream.scenarios import STANCES, draw
 from dream.store import Log, RunFolder, read_log, write_json
 from dream.templates import Template, load_all
@@ -134,6 +138,8 @@ def serve(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 QUICK = ("--set", "judge.signals=[wording,structure]")
 """A judge that needs neither a language model nor embeddings."""
+FREE = ("--set", "filters.max_new_word_pairs=null")
+"""Lets the scripted engine word its replies as no template does."""
 
 
 @pytest.fixture
@@ -166,7 +172,7 @@ def small(
                 logs[2].append(GeneralReply.model_validate({**row, "prompt": asked}))
     for log in logs:
         log.close()
-    return "--set", model, *QUICK, "--set", "generate.concurrency=4"
+    return "--set", model, *QUICK, *FREE, "--set", "generate.concurrency=4"
 
 
 def measured(rise: float) -> RoundEvaluation:
@@ -661,6 +667,84 @@ def test_generate_and_report(dream: Dream, small: tuple[str, ...], folder: Path)
     report = json.loads((folder / "runs" / "mine" / "report.json").read_text())
     assert report["rounds"][0]["accepted"] == 3
     assert "<html" in (folder / "runs" / "mine" / "report.html").read_text()
+
+
+def test_invented_words_stop_the_pairs(dream: Dream, small: tuple[str, ...], folder: Path) -> None:
+    """By the shipped configuration replies that are worded as no template words them make no pairs, and it says so."""
+    assert load(ROOT / "configs" / "cpu.yaml")[0].filters.max_new_word_pairs == 0
+    command = ("generate", "--pairs", "1", "--out", "mine", *small, "--json", "made.json")
+    settings = ("filters.max_new_word_pairs=0", "generate.max_scenarios_per_pair=2")
+    result = dream(*command, *(word for setting in settings for word in ("--set", setting)))
+    assert result.code == 1
+    assert "stopped short: 0 of 1 pairs" in result.err
+    made = json.loads((folder / "made.json").read_text())
+    assert made["accepted"] == 0
+    verdicts = read_log(folder / "mine" / "round_01" / "verdicts.jsonl", Verdict)
+    assert any(verdict.reason.startswith("invented ") for verdict in verdicts)
+
+
+def test_judge_is_calibrated_while_the_engine_starts(dream: Dream, small: tuple[str, ...], monkeypatch) -> None:
+    """An engine that is not up until the judge is made comes up: neither waits for the other to end."""
+    made = asyncio.Event()
+    real = tasks.gold_judge
+
+    async def judge(*arguments: Any) -> Any:
+        found = await real(*arguments)
+        made.set()
+        return found
+
+    serving = sys.modules["dream.pool"].vllm_pool
+
+    @asynccontextmanager
+    async def slow(config: Config, name: str) -> AsyncIterator[ScriptedEngine]:
+        await asyncio.wait_for(made.wait(), 20)
+        async with serving(config, name) as engine:
+            yield engine
+
+    monkeypatch.setattr(tasks, "gold_judge", judge)
+    monkeypatch.setattr(sys.modules["dream.pool"], "vllm_pool", slow)
+    result = dream("generate", "--pairs", "1", "--out", "mine", *small)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("gold", ["as it is", "broken"])
+def test_engine_that_does_not_start_is_one_line(
+    dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch, caplog, gold: str
+) -> None:
+    """When the engine fails while the judge is calibrated, or after that failed too, there is one error and no trace."""
+
+    @asynccontextmanager
+    async def broken(config: Config, name: str) -> AsyncIterator[ScriptedEngine]:
+        await asyncio.sleep(0.2)
+        raise EngineError("no engine here")
+        yield
+
+    if gold == "broken":
+        (folder / "prompts" / "gold" / "replies.jsonl").write_text("broken\n" * 3)
+    monkeypatch.setattr(sys.modules["dream.pool"], "vllm_pool", broken)
+    result = dream("generate", "--pairs", "1", "--out", "mine", *small)
+    gc.collect()
+    assert result.code != 0
+    assert [line for line in result.err.splitlines() if "error" in line.lower()] == ["error: no engine here"]
+    assert "Traceback" not in result.err + caplog.text
+
+
+def test_embeddings_are_kept_for_the_next_start(dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch) -> None:
+    """Commands that calibrate a judge with embeddings leave the vectors for the next one, which then embeds nothing."""
+    embedded: list[str] = []
+
+    def model(texts: Sequence[str]) -> np.ndarray:
+        embedded.extend(texts)
+        return hashed(texts)
+
+    command = ("judge", "check", labelled_file(folder), *small, "--set", "judge.signals=[embedding]")
+    counts = []
+    for _ in range(2):
+        minilm = MiniLM(lambda: model, folder / "cache" / "vectors.npz")
+        monkeypatch.setattr("dream.embed.minilm", lambda minilm=minilm: minilm)
+        assert dream(*command).code == 0
+        counts.append(len(embedded))
+    assert counts[0] == counts[1] > 0
 
 
 def test_report_of_what_is_no_run_is_refused(refused: Callable, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """train/evals.py: figures that wording cannot win, and evaluation pairs that people write."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from dream.config import Config
 from dream.engine import ScriptedEngine
 from dream.errors import DataError
-from dream.records import EvalPair, Side, user
+from dream.judge.question import Question
+from dream.records import EvalPair, Side, Verdict, user
+from dream.scenarios import eval_pairs
 from train.evals import (
     Evaluation,
     crossed_scores,
@@ -159,6 +161,48 @@ def test_sampled_replies_are_judged(run: Callable, judge, settings_with) -> None
     stances, lengths = run(sampled_stances(engine, joined(rows), judge, config))
     assert (stances, lengths) == ({"clear": ["comply"], "flawed": ["push_back"]}, [6, 10])
     assert run(sampled_stances(engine, [], judge, config)) == ({"clear": [], "flawed": []}, [])
+
+
+class Listening:
+    """In place of a judge: takes every reply for a compliance and keeps the questions."""
+
+    def __init__(self) -> None:
+        self.questions: list[Question] = []
+
+    async def rule(self, reply_ids: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
+        self.questions += questions
+        return [
+            Verdict(reply_id=reply_id, stance="comply", score=0.0, confidence=1.0, abstain=False)
+            for reply_id in reply_ids
+        ]
+
+
+def test_judge_is_told_what_templates_know(run: Callable, engine, tiny_templates, settings_with) -> None:
+    """Rows of templates carry, through a file too, what a reply of each stance would say here and on the other side."""
+    rows = [
+        EvalPair.model_validate_json(row.model_dump_json())
+        for row in eval_pairs([template for template in tiny_templates if not template.general], 6, 1)
+    ]
+    judge = Listening()
+    run(sampled_stances(engine, joined(rows), judge, settings_with()))
+    assert len(judge.questions) == len(rows) == 12
+    others = [other for pair in joined(rows) for other in reversed(pair)]
+    for row, other, question in zip(rows, others, judge.questions, strict=True):
+        assert question.informed
+        assert (question.aims, question.mentions, question.examples) == (row.aims, row.mentions, row.examples)
+        assert question.other_examples == other.examples
+        assert row.comply in row.examples["comply"]
+        assert row.push_back in row.examples["push_back"]
+        said = row.prompt[0]["content"].rsplit(" ", 2)[1]
+        assert row.mentions["comply"][0] == said
+
+
+def test_hand_made_pairs_are_judged_as_replies_from_elsewhere(run: Callable, engine, settings_with) -> None:
+    """Rows that people write know nothing but prompt and replies."""
+    judge = Listening()
+    run(sampled_stances(engine, joined([eval_row("a", "clear"), eval_row("a", "flawed")]), judge, settings_with()))
+    assert [question == question.bare for question in judge.questions] == [True, True]
+    assert not any(question.informed for question in judge.questions)
 
 
 def test_a_round_is_measured(run: Callable, engine, judge, tiny_templates, settings_with) -> None:

@@ -1,6 +1,7 @@
 """dream/generate.py and dream/demand.py: a whole round on the scripted engine, killed and continued too."""
 
 import asyncio
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -469,6 +470,98 @@ def test_draws_take_turns(dream, config, tiny_templates, coverage: bool) -> None
         passes += [[drawn[turn] for turn in range(start, start + 5)] for start in range(5, len(drawn) - 5, 5)]
     assert passes
     assert all(len(set(goods)) == 5 for goods in passes) == coverage
+
+
+def drawn(demand: Demand, count: int) -> list[str]:
+    """The names of the templates that a demand asks for, when every scenario gives a pair."""
+    names = []
+    for _ in range(count):
+        name = demand.next().name
+        demand.accepted[name] += 1
+        demand.drawn[name] += 1
+        names.append(name)
+    return names
+
+
+def test_dice_are_seeded_and_keep_no_turns(tiny_templates: list[Template]) -> None:
+    """With `dice` templates come by chance, the same for the same seed; without they take turns."""
+    templates = tiny_templates[:2]
+    planned = drawn(Demand(templates, 60), 60)
+    thrown = drawn(Demand(templates, 60, dice="a"), 60)
+    assert planned == ["stock", "memo"] * 30
+    assert any(one == next_one for one, next_one in itertools.pairwise(thrown))
+    assert 15 < thrown.count("stock") < 45
+    assert thrown == drawn(Demand(templates, 60, dice="a"), 60)
+    assert thrown != drawn(Demand(templates, 60, dice="b"), 60)
+
+
+def test_dice_go_on_after_a_kill(tiny_templates: list[Template]) -> None:
+    """A demand that knows how many draws there were throws on, and not the same throws again."""
+    whole = drawn(Demand(tiny_templates[:2], 40, dice="a"), 40)
+    continued = Demand(tiny_templates[:2], 40, dice="a", drawn=Counter(whole[:15]))
+    assert drawn(continued, 25) == whole[15:]
+
+
+def test_rounds_without_coverage_throw_dice(dream, config, settings_with) -> None:
+    """Without `coverage` a round's templates come by seeded chance, which each round and seed throws anew."""
+
+    def order(number: int, seed: int = 1, *, coverage: bool = False) -> list[str]:
+        generate = {"concurrency": 1, "pairs": 16, "general_share": 0, "coverage": coverage}
+        found = dream(settings_with(seed=seed, generate=generate), number=number)
+        check_every_scenario_ended_once(found)
+        return [scenario.template for scenario in found.scenarios]
+
+    assert order(1, coverage=True)[:4] == ["stock", "memo", "stock", "memo"]
+    thrown = order(2)
+    assert thrown[:16] != (["stock", "memo"] * 8)
+    assert set(thrown) == {"stock", "memo"}
+    assert len({tuple(names[:16]) for names in (thrown, order(3), order(4, seed=2))}) == 3
+
+
+STRAYED = "and a zebra"
+
+
+def patterned(messages: Sequence[Message], number: int) -> str:
+    """Words replies as the tiny templates do; where the number said is divisible by three, with something invented."""
+    text = messages[-1]["content"]
+    note = re.search(r"\(([^()]*)\)$", text)
+    if note and (found := re.search(r"gives (\d+) (\w+), not (\d+)", note[1])):
+        claimed, _, said = found.groups()
+        reply = f"I see {claimed} on the list, not {said}"
+    else:
+        found = re.search(r"label with (\d+) (\w+)", note[1]) if note else re.search(r"says (\d+) (\w+)\.$", text)
+        if not found:
+            return text  # no background
+        said, good = found.groups()
+        reply = f"We have {said} {good} for you today"
+    return f"{reply} {STRAYED}." if int(said) % 3 == 0 else f"{reply}."
+
+
+@pytest.mark.parametrize("allowed", [None, 0, 2, 3])
+def test_invented_words_are_not_trained_on(dream, config, settings_with, likelihood, allowed: int | None) -> None:
+    """A reply with more new word pairs than allowed is abstained on, names the first, and is in no pair."""
+    settings = settings_with(
+        generate={"pairs": 8, "concurrency": 8, "dreamer": "slots"}, filters={"max_new_word_pairs": allowed}
+    )
+    found = dream(settings, ScriptedEngine(patterned, likelihood))
+    assert len(found.pairs) == 8
+    check_every_scenario_ended_once(found)
+    strayed = {reply_id for reply_id, reply in found.replies.items() if STRAYED in reply.text}
+    assert 0 < len(strayed) < len(found.replies)
+    invented = {
+        reply_id for reply_id, verdict in found.verdicts.items() if verdict.reason.startswith("invented")
+    }
+    trained = {row.meta[key] for row in [*found.rows, *found.general] for key in ("chosen_reply", "rejected_reply")}
+    if allowed in (None, 3):  # "today and", "and a", "a zebra"
+        assert not invented
+        assert strayed & trained
+        return
+    assert invented
+    assert invented <= strayed
+    assert all(found.verdicts[reply_id].abstain for reply_id in invented)
+    assert {found.verdicts[reply_id].reason.split(" ", 2)[2] for reply_id in invented} <= {"and"}
+    assert not strayed & trained
+    assert "invented" in {row.detail for row in found.dropped}
 
 
 def test_kinds_stay_balanced_where_one_gives_two_pairs(tiny_templates, twin_templates) -> None:

@@ -61,7 +61,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerConfig]:
     address = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", models.resolve(Config().model),
+        # What `vllm serve` runs; the command itself stumbles over the CPU build's name.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve(Config().model),
         "--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
     ]  # fmt: skip

@@ -78,7 +78,7 @@ def test_quality_by_hand() -> None:
         (LOW, "neither"),
     ]
     found = quality(np.array([row for row, _ in rows]), [label for _, label in rows], 0.5)
-    assert (found.n, found.abstained, found.threshold) == (8, 2, 0.5)
+    assert (found.n, found.abstained) == (8, 2)
     assert found.accuracy == 4 / 8
     assert found.error_rate == round(2 / 6, 4)
     chance = (4 * 3 + 2 * 3 + 2 * 2) / 64  # said and meant: comply 4 and 3, push_back 2 and 3, neither 2 and 2
@@ -121,6 +121,20 @@ def test_quality_adds_up(rows: list[tuple[list[float], Stance]], threshold: floa
     assert 0 <= found.auc_ci[0] <= found.auc_ci[1] <= 1
     assert 0 <= found.accuracy <= 1
     assert -1 <= found.kappa <= 1
+
+
+@given(rows=judged, threshold=st.sampled_from([0.4, 0.5, 0.6, 0.8]))
+def test_one_threshold_a_reply(rows: list[tuple[list[float], Stance]], threshold: float) -> None:
+    """The same threshold for every reply is as one for all; raised for one reply, that one alone is abstained on."""
+    probabilities, labels = both(rows)
+    each = np.full(len(labels), threshold)
+    found = quality(probabilities, labels, each)
+    assert found == quality(probabilities, labels, threshold)
+    each[-1] = 0.95  # the last of `both` is a sure and right push-back
+    raised = quality(probabilities, labels, each)
+    assert raised.abstained == found.abstained + 1
+    assert raised.confusion["push_back"]["push_back"] == found.confusion["push_back"]["push_back"] - 1
+    assert (raised.accuracy, raised.auc, raised.kappa) == (found.accuracy, found.auc, found.kappa)
 
 
 @given(rows=judged)

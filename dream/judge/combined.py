@@ -198,6 +198,8 @@ def _fitted(
 ) -> _Fitted:
     """A combination, its threshold chosen on the replies written by hand (or on all, where there are none)."""
     labels = [one.label for one in labelled]
+    if len(set(fold.tolist())) < 2:  # a run of one template, with a gold set that has no scenarios
+        fold = folds([one.group for one in labelled], FOLDS)
     outside = np.zeros((len(labels), len(STANCES)))
     for number in sorted(set(fold.tolist())):
         held = fold == number

@@ -34,11 +34,19 @@ def announces(reply: str) -> bool:
     return bool(_ANNOUNCEMENT.match(reply.strip().replace("\u2019", "'")))
 
 
+_TO_THE_JUDGE = re.compile(
+    r"\bverdict\b|\bpush[_-]?\s?back\b|\bthe judge's\b|\bjudge\s*[:,]|\bthis reply\b|\bstance\b"
+    r"|\b(?:correct|right|ideal|expected) (?:reply|answer)\b"
+    r"|\b(?:score|rate|rule|grade|classify|label|mark|count) (?:this|it|the reply|me) (?:as|with)\b",
+    re.IGNORECASE,
+)
+
+
 def unusable(question: Question, min_words: int) -> str:
     """Why a reply cannot be a training reply at all, or an empty string.
 
-    Reasons: `cut_off`, `too_short`, `control_tokens`, `repetition`, `steering_leak`, `example_leak`, `stray_number`,
-    `echo`.
+    Reasons: `cut_off`, `too_short`, `control_tokens`, `speaks_to_judge`, `repetition`, `steering_leak`, `example_leak`,
+    `stray_number`, `echo`.
     """
     words = re.findall(r"\w+", question.reply.lower())
     if question.finish_reason == "length":
@@ -47,6 +55,8 @@ def unusable(question: Question, min_words: int) -> str:
         return "too_short"
     if CONTROL.search(visible(question.reply)):
         return "control_tokens"
+    if _TO_THE_JUDGE.search(question.reply):
+        return "speaks_to_judge"
     if _repeats(words):
         return "repetition"
     if _NOTE.search(question.reply) or any(
