@@ -80,6 +80,7 @@ class RoundDreamer:
         self._contrast = Demand(contrast, pairs, dice=dice)
         self._general = Demand(general, math.ceil(2 * pairs * share / (1 - share)) if general else 0)
         self._seen = NearDuplicates(config.generate.near_duplicate)
+        self._balanced_anew = False
         self._changed = asyncio.Event()
         self._count = 0
         self._tokens = 0
@@ -125,6 +126,7 @@ class RoundDreamer:
         if len(again.over) >= len(found.over):
             return found
         self._store.exchange(chosen)
+        self._balanced_anew = True
         return again
 
     def summary(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ class RoundDreamer:
             "accepted": len(self._store.pairs),
             "mirrored": sum("mirror_of" in pair.clear.meta for pair in self._store.pairs),
             "spare": len(self._store.spare),
+            "balanced_anew": self._balanced_anew,
             "general": len(self._store.general),
             "scenarios": self._count,
             "accepted_by_flaw": dict(accepted.most_common()),

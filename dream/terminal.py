@@ -129,6 +129,11 @@ def generate_table(summary: dict[str, Any], audit: "Audit", diversity: "Diversit
         out.print(table)
     for text in lines(audit):
         out.print(escape(text), highlight=False)
+    candidates = summary["accepted"] + summary["spare"]
+    if summary["balanced_anew"]:
+        out.print(f"the pairs were chosen anew among {candidates} accepted ones, as the first set gave more away")
+    elif audit.over and summary["accepted"] == summary["wanted"]:
+        out.print(f"no better set was found among the {candidates} accepted pairs")
     vendi = "" if diversity.vendi_score is None else f", Vendi score {diversity.vendi_score:.1f}"
     near = "" if diversity.nearest_similarity is None else f", nearest neighbour {diversity.nearest_similarity:.2f}"
     out.print(

@@ -711,7 +711,7 @@ def test_judge_is_calibrated_while_the_engine_starts(dream: Dream, small: tuple[
 def test_engine_that_does_not_start_is_one_line(
     dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch, caplog, gold: str
 ) -> None:
-    """When the engine fails while the judge is calibrated, or after that failed too, there is one error and no trace."""
+    """An engine that fails while the judge is calibrated, or after that failed too, is one error and no traceback."""
 
     @asynccontextmanager
     async def broken(config: Config, name: str) -> AsyncIterator[ScriptedEngine]:
@@ -729,7 +729,9 @@ def test_engine_that_does_not_start_is_one_line(
     assert "Traceback" not in result.err + caplog.text
 
 
-def test_embeddings_are_kept_for_the_next_start(dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch) -> None:
+def test_embeddings_are_kept_for_the_next_start(
+    dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch
+) -> None:
     """Commands that calibrate a judge with embeddings leave the vectors for the next one, which then embeds nothing."""
     embedded: list[str] = []
 

@@ -75,8 +75,11 @@ def test_empty_file_is_the_defaults(write) -> None:
         ("train: {lora: {rnk: 4}}", "train.lora.rnk", "train.lora.rank"),
         ("pairs: 3", "pairs", "generate.pairs"),
         ("generate: {miror: true}", "generate.miror", "generate.mirror"),
-        ("judge: {server: {base_url: 'http://x/v1', model: y, timeout: 3}}", "judge.server.timeout",
-         "judge.server.timeout_s"),
+        (
+            "judge: {server: {base_url: 'http://x/v1', model: y, timeout: 3}}",
+            "judge.server.timeout",
+            "judge.server.timeout_s",
+        ),
     ],
 )
 def test_unknown_key_names_the_nearest(write, text: str, unknown: str, nearest: str) -> None:

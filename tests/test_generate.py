@@ -548,9 +548,7 @@ def test_invented_words_are_not_trained_on(dream, config, settings_with, likelih
     check_every_scenario_ended_once(found)
     strayed = {reply_id for reply_id, reply in found.replies.items() if STRAYED in reply.text}
     assert 0 < len(strayed) < len(found.replies)
-    invented = {
-        reply_id for reply_id, verdict in found.verdicts.items() if verdict.reason.startswith("invented")
-    }
+    invented = {reply_id for reply_id, verdict in found.verdicts.items() if verdict.reason.startswith("invented")}
     trained = {row.meta[key] for row in [*found.rows, *found.general] for key in ("chosen_reply", "rejected_reply")}
     if allowed in (None, 3):  # "today and", "and a", "a zebra"
         assert not invented
