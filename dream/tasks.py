@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` d
     from dream.diversity import Diversity
     from dream.judge.check import JudgeCheck
     from dream.judge.combined import Judge
-    from dream.judge.question import Labelled
     from dream.logs import ImportSummary
     from train.data import DpoSpec
     from train.evals import Evaluation
@@ -50,18 +49,20 @@ async def engine_and_judge(
     """An engine with the initial model (as `models.resolve` named it), and a judge that is calibrated on the gold set
     and has told known replies of the training templates apart."""
     from dream.embed import minilm
-    from dream.judge.combined import self_test
+    from dream.judge.combined import calibrated, self_test
+    from dream.judge.gold import halves, read_gold
     from dream.judge.planted import planted
 
     trained = [template for template in loaded if template.front.split == "train"]
     known = planted(trained, config.judge.self_test_replies, config.seed)
     unseen = planted(trained, config.judge.self_test_replies, config.seed, odd=True)
+    gold = halves([labelled for _, labelled in read_gold()])
     terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype}) and calibrating the judge")
     # A judge that asks no model is made while the engine starts.
-    early = None if asks_a_model(config) else asyncio.create_task(gold_judge(None, config, known))
+    early = None if asks_a_model(config) else asyncio.create_task(calibrated(None, config, gold[0], known, gold[1]))
     try:
         async with open_engine(config, model) as engine, _judging_engine(config, engine, open_engine) as asked:
-            judge = await (early or gold_judge(asked, config, known))
+            judge = await (early or calibrated(asked, config, gold[0], known, gold[1]))
             found = await self_test(judge, unseen, force)
             if "embedding" in config.judge.signals:
                 minilm().save()
@@ -85,15 +86,6 @@ async def _judging_engine(config: Config, engine: Engine, open_engine: OpenEngin
         return
     async with open_engine(config, models.resolve(config.judge.model)) as second:
         yield second
-
-
-async def gold_judge(engine: Engine | None, config: Config, known: "Sequence[Labelled]") -> "Judge":
-    """A judge that is calibrated on one half of the gold set and measured on the other; `known` see `calibrated`."""
-    from dream.judge.combined import calibrated
-    from dream.judge.gold import halves, read_gold
-
-    calibrate, test = halves([labelled for _, labelled in read_gold()])
-    return await calibrated(engine, config, calibrate, known, test)
 
 
 def generate(

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import typer.main
 
-from dream import cli, doctor, runs, tasks
+from dream import cli, doctor, runs
 from dream.config import Config, GateConfig, load
 from dream.embed import MiniLM
 from dream.engine import ScriptedEngine
 from dream.errors import EngineError
+from dream.judge import combined
 from dream.judge.gold import GeneralReply, GoldReply
 from dream.records import PreferencePair, Verdict, assistant, user
 from dream.scenarios import STANCES, draw
@@ -686,7 +687,7 @@ def test_invented_words_stop_the_pairs(dream: Dream, small: tuple[str, ...], fol
 def test_judge_is_calibrated_while_the_engine_starts(dream: Dream, small: tuple[str, ...], monkeypatch) -> None:
     """An engine that is not up until the judge is made comes up: neither waits for the other to end."""
     made = asyncio.Event()
-    real = tasks.gold_judge
+    real = combined.calibrated
 
     async def judge(*arguments: Any) -> Any:
         found = await real(*arguments)
@@ -701,7 +702,7 @@ def test_judge_is_calibrated_while_the_engine_starts(dream: Dream, small: tuple[
         async with serving(config, name) as engine:
             yield engine
 
-    monkeypatch.setattr(tasks, "gold_judge", judge)
+    monkeypatch.setattr(combined, "calibrated", judge)
     monkeypatch.setattr(sys.modules["dream.pool"], "vllm_pool", slow)
     result = dream("generate", "--pairs", "1", "--out", "mine", *small)
     assert result.code == 0, result.err
@@ -711,7 +712,7 @@ def test_judge_is_calibrated_while_the_engine_starts(dream: Dream, small: tuple[
 def test_engine_that_does_not_start_is_one_line(
     dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch, caplog, gold: str
 ) -> None:
-    """An engine that fails while the judge is calibrated, or after that failed too, is one error and no traceback."""
+    """An engine that fails while the judge is calibrated is one error; a broken gold set shows before the engine."""
 
     @asynccontextmanager
     async def broken(config: Config, name: str) -> AsyncIterator[ScriptedEngine]:
@@ -725,7 +726,9 @@ def test_engine_that_does_not_start_is_one_line(
     result = dream("generate", "--pairs", "1", "--out", "mine", *small)
     gc.collect()
     assert result.code != 0
-    assert [line for line in result.err.splitlines() if "error" in line.lower()] == ["error: no engine here"]
+    errors = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert ("replies.jsonl:1" in errors[0]) if gold == "broken" else (errors == ["error: no engine here"])
     assert "Traceback" not in result.err + caplog.text
 
 

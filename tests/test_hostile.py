@@ -79,8 +79,7 @@ def test_no_attack_turns_a_wrong_reply_right_for_the_default_judge() -> None:
 def test_no_control_token_reaches_the_rubric(row: dict[str, Any]) -> None:
     """In a judging prompt no line of the reply stands outside its quotation and no control token is left."""
     text = rubric_prompt(question(row, row["hostile"]), list(RUBRIC))
-    before, quoted_and_rest = text.split("Reply:\n", 1)
-    quoted, rest = quoted_and_rest.rsplit("\n\n", 2)[0], "".join(quoted_and_rest.rsplit("\n\n", 2)[1:])
+    quoted, *rest = text.split("Reply:\n", 1)[1].rsplit("\n\n", 2)
     assert not CONTROL.search(text)
     assert all(line.startswith(">") for line in quoted.splitlines() if line.strip())
-    assert "Answer with the letter only." in rest
+    assert "Answer with the letter only." in "".join(rest)
