@@ -163,6 +163,9 @@ def audit(pairs: Sequence[ContrastPair], bounds: AuditConfig, embed: Embed | Non
 
 def lines(audit: Audit) -> list[str]:
     """What the terminal prints: a line a view, and under one over its bound what gives it away and what to do."""
+    reasons = {view.reason for view in audit.views}
+    if len(reasons) == 1 and all(reasons):
+        return [f"audit: {reasons.pop()}"]
     printed = []
     for view in audit.views:
         line = f"audit: {TITLES[view.name]}: "
