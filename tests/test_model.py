@@ -111,7 +111,7 @@ def test_one_small_round_end_to_end(tmp_path: Path) -> None:
     """`dream train` dreams, judges, trains, serves what it trained, and decides."""
     small = {
         "generate.pairs": 2, "generate.steering": "note", "generate.samples": 1, "generate.max_tokens": 32,
-        "judge.calibration_replies": 32, "engine.max_model_len": 1024, "engine.cpu_kv_cache_gib": 1,
+        "judge.self_test_replies": 32, "engine.max_model_len": 1024, "engine.cpu_kv_cache_gib": 1,
         "eval.heldout_pairs": 4, "eval.fresh_pairs": 2, "eval.sampled_scenarios": 2, "eval.retention_questions": 4,
         "train.learning_rate": 2e-4,
     }  # fmt: skip
