@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,16 +38,18 @@ class MiniLM:
         self._load, self._cache = model, cache
         self._vectors: dict[bytes, np.ndarray] = _read(cache) if cache else {}
         self._saved = len(self._vectors)
+        self._lock = threading.Lock()  # a judge's workers embed in threads
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         keys = [hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest() for text in texts]
-        fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._vectors}
-        if fresh:
-            if len(self._vectors) + len(fresh) > REMEMBERED:
-                self._vectors.clear()
-                fresh = dict(zip(keys, texts, strict=True))
-            self._vectors.update(zip(fresh, self._model(list(fresh.values())), strict=True))
-        return np.stack([self._vectors[key] for key in keys]) if keys else np.zeros((0, WIDTH), dtype=np.float32)
+        with self._lock:
+            fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._vectors}
+            if fresh:
+                if len(self._vectors) + len(fresh) > REMEMBERED:
+                    self._vectors.clear()
+                    fresh = dict(zip(keys, texts, strict=True))
+                self._vectors.update(zip(fresh, self._model(list(fresh.values())), strict=True))
+            return np.stack([self._vectors[key] for key in keys]) if keys else np.zeros((0, WIDTH), dtype=np.float32)
 
     def save(self) -> None:
         """Keeps all vectors so far in the cache file; a folder that cannot be written is no error."""

@@ -176,7 +176,7 @@ class RoundDreamer:
         """The scenarios of pairs of this and of earlier rounds, so that none like them is dreamed again."""
         spare = {pair.clear.meta["scenario_id"] for pair in self._store.spare}
         for folder in sorted(self._store.folder.parent.glob("round_*")):
-            kept = spare | {row.meta["scenario_id"] for row in read_log(folder / "pairs.jsonl", PreferencePair)}
+            kept = spare | {row.pair_id for row in read_log(folder / "pairs.jsonl", PreferencePair)}
             for scenario in read_log(folder / "scenarios.jsonl", Scenario):
                 if scenario.scenario_id in kept:
                     self._seen.add(scenario.scenario_id, _substance(scenario))
@@ -276,20 +276,22 @@ class RoundDreamer:
         for one in filter(None, (scenario, other)):  # what it is like was kept while this one was under way
             if twin := self._seen.find(_substance(one)):
                 return self._drop(scenario, "filter", "near_duplicate", twin)
-        self._keep(scenario, pair)
         if other is None:
-            return 1
+            return self._keep((scenario, pair))
         self._store.add("scenarios", other)
-        self._keep(other, mirrored_pair(pair, other))
-        return 2
+        return self._keep((scenario, pair), (other, mirrored_pair(pair, other)))
 
-    def _keep(self, scenario: Scenario, pair: ContrastPair) -> None:
-        """Stores an accepted pair: among the round's, or as a spare one where those are complete."""
-        self._seen.add(scenario.scenario_id, _substance(scenario))
-        if len(self._store.pairs) < self._config.generate.pairs:
-            self._store.keep(pair)
-        else:
+    def _keep(self, *accepted: tuple[Scenario, ContrastPair]) -> int:
+        """Stores accepted pairs, twins in one write: among the round's, or as spare ones where those are complete."""
+        for scenario, _ in accepted:
+            self._seen.add(scenario.scenario_id, _substance(scenario))
+        pairs = [pair for _, pair in accepted]
+        room = max(0, self._config.generate.pairs - len(self._store.pairs))
+        if kept := pairs[:room]:
+            self._store.keep(*kept)
+        for pair in pairs[room:]:
             self._store.keep_spare(pair)
+        return len(pairs)
 
     async def _complete(self, template: Template, scenario: Scenario, side: Side, free: list[Judged]) -> list[Judged]:
         """The on-policy replies of one side, and steered ones for each stance that they did not give."""

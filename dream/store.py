@@ -179,11 +179,11 @@ class RoundStore:
         """Appends records to one of `LOGS`."""
         self._logs[log].append(*records)
 
-    def keep(self, pair: ContrastPair) -> None:
-        """Stores an accepted contrast pair, both rows in one write, on the disk before it is counted."""
-        self._logs["pairs"].append(pair.clear, pair.flawed)
+    def keep(self, *pairs: ContrastPair) -> None:
+        """Stores accepted contrast pairs, all rows in one write, on the disk before they are counted."""
+        self._logs["pairs"].append(*(row for pair in pairs for row in (pair.clear, pair.flawed)))
         self._logs["pairs"].sync()
-        self.pairs.append(pair)
+        self.pairs += pairs
 
     def keep_spare(self, pair: ContrastPair) -> None:
         """Stores an accepted candidate that is not among the round's pairs: one too many, or dreamed for balance."""

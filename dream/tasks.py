@@ -81,7 +81,7 @@ def asks_a_model(config: Config) -> bool:
 @asynccontextmanager
 async def _judging_engine(config: Config, engine: Engine, open_engine: OpenEngine) -> AsyncIterator[Engine]:
     """The engine that the judge asks: that of `judge.model`, or the policy's own."""
-    if config.judge.model is None:
+    if config.judge.model is None or not asks_a_model(config):
         yield engine
         return
     async with open_engine(config, models.resolve(config.judge.model)) as second:

@@ -2,7 +2,7 @@
 
 It is calibrated on labelled replies, split by scenario: signals that learn are measured on replies they were not fitted
 on, a multinomial logistic regression turns all signals into probabilities, and the threshold below which the judge
-abstains is chosen there for a stated precision. Its error rate is that on the test half, which nothing was tuned on.
+abstains is chosen there for a stated precision. Its error rate is that on the test half, which nothing is fitted on.
 
 There are two such combinations: one for replies to scenarios, where the template says what each stance would sound
 like, and one for replies from elsewhere, made as if nothing but prompt and reply were known.
@@ -208,6 +208,7 @@ def _fitted(
     places = np.flatnonzero(by_hand) if by_hand.any() else np.arange(len(labels))
     measured_on, truth = outside[places], [labels[place] for place in places.tolist()]
     objected = objections(config, [labelled[place].question for place in places.tolist()], measured_on)
+    objected |= np.isnan(features[places]).any(axis=1)
     threshold = threshold_for(measured_on, truth, config.judge.precision, objected)
     return _Fitted(
         Combination(_combiner().fit(features, labels), threshold),
@@ -218,8 +219,9 @@ def _fitted(
 async def measured(judge: Judge, examples: Sequence[Labelled]) -> Quality:
     """How good a judge is on labelled replies that it was not made with."""
     questions = [one.question for one in examples]
-    probabilities = await judge.probabilities(questions)
-    objected = objections(judge.config, questions, probabilities)
+    features = await judge.measure(questions)
+    probabilities = judge.combine(questions, features)
+    objected = objections(judge.config, questions, probabilities) | np.isnan(features).any(axis=1)
     labels = [one.label for one in examples]
     return quality(probabilities, labels, judge.thresholds(questions), judge.config.seed, objected)
 
