@@ -19,7 +19,7 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise DreamError("stopped; the same command with --out and the run folder goes on from here") from error
+            raise DreamError("stopped; a run goes on from here with the same command and --out") from error
 
 
 app = typer.Typer(
@@ -188,6 +188,8 @@ def evaluate(
         raise ConfigError("dream eval: give either --run DIR or --model M")
     if adapter is not None and model is None:
         raise ConfigError("dream eval: --adapter goes with --model; --run finds its own")
+    if run is not None and config is not None:
+        raise ConfigError("dream eval: --config goes with --model; --run has its own, change its keys with --set")
     with Terminal() as terminal:
         if run is not None:
             resolved, weights = runs.policy_of(run, overrides or [])

@@ -1,6 +1,6 @@
 """How various a set of contrast pairs is, and what turns away a scenario that is nearly one that was dreamed before.
 
-A narrow signal teaches a narrow habit (S2 in docs/ARCHITECTURE.md). No single figure shows variety: distinct-n sees
+A narrow signal teaches a narrow habit. No single figure shows variety: distinct-n sees
 words only, the embedded figures see meaning and hardly a changed number, and the shares see what was asked for.
 """
 

@@ -84,5 +84,8 @@ def read_contrast_pairs(path: Path) -> list[ContrastPair]:
     """
     pairs = list(contrast_pairs(read_user_rows(path, PreferencePair)))
     if not pairs:
-        raise DataError(f"{path}: no contrast pair; each pair_id needs a clear and a flawed row")
+        raise DataError(
+            f"{path}: no contrast pair; each pair_id needs a clear and a flawed row (rows of `dream logs import` have "
+            "one side only: train on them with TRL)"
+        )
     return pairs

@@ -2,7 +2,7 @@
 
 A log does not say whether a direction was clear or flawed; the user's next turn is the evidence (`dream.evidence`), and
 where that says nothing the exchange is *undecided* and not used. The chosen reply is steered. A log shows one side of a
-situation only, so what comes out is a preference row, not a contrast pair: training takes such rows as extra rows.
+situation only, so a row comes out that TRL can train on, and no contrast pair; `dream train --data` takes only those.
 
 Not covered: a user who insists on a flawed direction and never learns of it; people should look through the rows.
 """
@@ -13,6 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from dream.config import Config
 from dream.conversations import Exchange, check_log, exchanges, read_conversations
@@ -51,6 +53,36 @@ class ImportSummary(Record):
     masked: dict[str, int] = {}
 
 
+def check_paths(logs: Sequence[Path], out: Path) -> set[str]:
+    """Looks at the logs and at the file that rows are added to, before any work; the ids of the rows that are there.
+
+    A last row without a line end, as some editors leave it, gets one. Half a row of ours is left for `Log` to cut off.
+
+    Raises:
+        DataError: a log cannot be read, is `out` as well, or `out` holds something else than preference rows.
+    """
+    for log in logs:
+        check_log(log)
+        if log.resolve() == out.resolve():
+            raise DataError(f"{log}: is a log and --out at once; choose another --out")
+    try:
+        *lines, tail = out.read_bytes().split(b"\n") if out.exists() else [b""]
+        if tail.strip():
+            try:
+                PreferencePair.model_validate_json(tail)
+            except ValidationError as error:
+                if not tail.startswith(b'{"pair_id":'):
+                    raise DataError(
+                        f"{out}:{len(lines) + 1}: not a preference row; choose another --out, or remove that line"
+                    ) from error
+            else:
+                with out.open("ab") as file:
+                    file.write(b"\n")
+    except OSError as error:
+        raise DataError(f"{out}: {error.strerror or error}; choose another --out") from error
+    return {row.pair_id for row in read_log(out, PreferencePair)}
+
+
 class LogImporter:
     """Makes preference rows from logs. `run` can be called again after a kill: rows that are there are not made again.
 
@@ -72,11 +104,7 @@ class LogImporter:
             DataError: a log cannot be read (nothing is written then), or the file holds something else.
             StorageError: the file cannot be written.
         """
-        for log in logs:
-            check_log(log)
-            if log.resolve() == self._out.resolve():
-                raise DataError(f"{log}: is a log and --out at once; choose another --out")
-        self._known = {row.pair_id for row in read_log(self._out, PreferencePair)}
+        self._known = check_paths(logs, self._out)
         self._file = Log(self._out)
         source = self._read(logs)
 

@@ -1,6 +1,7 @@
 """Secrets and personal data in text that others wrote, replaced by `[KIND]` before it is stored or shown to a model.
 
-Not covered: names of people, street addresses, phone numbers, and passwords in running prose ("the password is ...").
+Not covered: names of people, street addresses, phone, card and account numbers, IP addresses, `curl -u user:password`,
+and passwords in running prose ("the password is ...").
 Where a value may or may not be a secret (`token: str` in code) it is masked.
 """
 
@@ -42,19 +43,28 @@ _RULES: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ),
     (
         "TOKEN",
-        ("bearer", "basic"),
-        rf"(?i)((?<![a-z0-9])bearer[ \t]{{1,9}}|authorization{_QUOTE}:[ \t]{{0,9}}{_QUOTE}basic[ \t]{{1,9}})"
+        ("bearer", "authorization"),
+        rf"(?i)((?<![a-z0-9])bearer[ \t]{{1,9}}"
+        rf"|authorization{_QUOTE}:[ \t]{{0,9}}{_QUOTE}(?:basic|token|apikey)[ \t]{{1,9}})"
         r"[\w.~+/=-]{12,}+",
         r"\1[TOKEN]",
     ),
     (
         "PASSWORD",
-        ("passw", "passphrase", "pwd", "secret", "key", "token"),
-        r"(?i)((?>(?:password|passwd|passphrase|pwd|secret|(?:api|access|secret)[ _-]?key|(?<![a-z])token"
-        rf"|(?:auth|access)[_-]?token){_QUOTE}[ \t]{{0,9}}(?:=>|[:=]{{1,2}})[ \t]{{0,9}}{_QUOTE}))(?!MARK)"
-        r"(?:(?<=\")[^\"\r\n]+|(?<=')[^'\r\n]+|[^\s\"'\\,;&]+)",
+        ("pass", "pwd", "secret", "key", "token"),
+        r"(?i)((?>(?:password|passwd|passphrase|(?<![a-z])pass|pwd|secret|token"
+        r"|(?:api|access|secret|private|account|encryption|signing)[ _-]?key(?:_base)?)"
+        rf"{_QUOTE}[ \t]{{0,9}}(?:=>|[:=]{{1,2}})[ \t]{{0,9}}{_QUOTE}))(?!MARK)"
+        r"(?:(?<=\")[^\"\r\n]+|(?<=')[^'\r\n]+|[^\s\"'\\;&]+)",
         r"\1[PASSWORD]",
     ),
+    (
+        "PASSWORD",
+        ("--",),
+        rf"(?i)(--(?:password|passwd|token|secret|api-key)[ \t]{{1,9}}{_QUOTE})(?!MARK|-)[^\s\"'\\]+",
+        r"\1[PASSWORD]",
+    ),
+    ("TOKEN", ("hooks.slack.com",), r"(?<=hooks\.slack\.com/services/)[\w/]{10,}+", "[TOKEN]"),
     ("EMAIL", ("@",), r"(?<![\w.+-])(?<![A-Z]\])[\w.+-]++@(?:[\w-]++\.)+[A-Za-z]{2,}+(?![\w-])", "[EMAIL]"),
     (
         "USER",

@@ -142,7 +142,7 @@ async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 
 async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> Scenario | None:
     """The scenario with both directions in the dreamer's own words; None when its answer cannot be used.
 
-    Every word that the template's `mentions` need must still stand in the direction it came from.
+    The numbers of a direction, and the words in it that the template's `mentions` ask for, must still stand in it.
     """
     if scenario.flawed is None:
         return scenario
@@ -161,6 +161,9 @@ async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> 
         found = re.findall(rf"^\W*{label}\W*:\s*(\S.*?)\s*$", answer, re.MULTILINE)
         old = scenario.side(side).direction  # type: ignore[arg-type]  # mypy widens the literal in the loop
         if len(found) != 1 or set(re.findall(r"\d+", old)) != set(re.findall(r"\d+", found[0])):
+            return None
+        needed = scenario.side(side).mentions.get("comply", ())  # type: ignore[arg-type]
+        if any(mentioned(words, old) and not mentioned(words, found[0]) for words in needed):
             return None
         sides[side] = scenario.side(side).model_copy(update={"direction": found[0]})  # type: ignore[arg-type]
     if _plain(sides["clear"].direction) == _plain(sides["flawed"].direction):

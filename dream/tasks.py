@@ -274,11 +274,9 @@ def import_logs(
     open_engine: OpenEngine = real_engine,
 ) -> "ImportSummary":
     """Turns that went wrong in conversation logs, as preference pairs appended to `out`."""
-    from dream.conversations import check_log
-    from dream.logs import LogImporter
+    from dream.logs import LogImporter, check_paths
 
-    for log in logs:
-        check_log(log)
+    check_paths(logs, out)
     loaded = templates.load_all()
     prompts.check_all()
     model = models.resolve(config.model)
@@ -304,15 +302,19 @@ def preview(
     from dream.selfplay import with_background, written
 
     drawn = [draw(template, config.seed * 1_000 + number, f"preview-{number}") for number in range(count)]
-    if not write:
+    if not write or config.generate.dreamer == "slots":
         return drawn
+    prompts.check_all()
     model = models.resolve(config.model)
     worded = written if config.generate.dreamer == "write" else with_background
 
     async def work() -> list[Scenario]:
         terminal.stage(f"starting the engine with {config.model} ({config.engine.dtype})")
         async with open_engine(config, model) as engine:
-            return [one for scenario in drawn if (one := await worded(engine, scenario)) is not None]
+            found = [one for scenario in drawn if (one := await worded(engine, scenario)) is not None]
+        if len(found) < count:
+            terminal.line(f"{count - len(found)} of {count} answers of the dreamer could not be used")
+        return found
 
     return asyncio.run(work())
 

@@ -75,7 +75,7 @@ class FrontMatter(BaseModel):
     flaw: str
     "The kind of flaw, e.g. `contradicts_given_data`; `none` makes it a general template with one side only."
     domains: list[str] = Field(min_length=1)
-    "Where such a situation occurs; the first is counted for coverage."
+    "Where such a situation occurs; each draw has one of them."
     split: Literal["train", "heldout"] = "train"
     "`heldout` templates are never trained on; their kinds of flaw should be in no training template."
     version: int = 1

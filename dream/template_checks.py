@@ -4,6 +4,7 @@ The front matter has been checked by `dream.template_head`. A check yields probl
 the line and what to do; `dream.templates` raises the first or shows them all.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,8 @@ from dream.template import CONTRAST_BLOCKS, ENVIRONMENT, GENERAL_BLOCKS, Templat
 from dream.template_head import apart_from, bracket_problem, names_in, names_in_expression, nearest, single_brackets
 
 MIN_EXAMPLES = 3
-DRAWS = 5
+DRAWS = [(seed, False) for seed in range(5)] + [(seed, True) for seed in range(8)]
+"""Seeds, and whether by the coverage plan, which visits every value of short lists such as styles."""
 SHARED = 0.5
 """Part of the words of the shorter direction that the other one must have too."""
 
@@ -89,9 +91,9 @@ def _unused(template: Template, blocks: dict[str, nodes.Block]) -> Iterator[str]
 
 def _drawn(template: Template) -> Iterator[tuple[str, str]]:
     """Draws a few times and looks at what comes out; each problem with the block or key that it is in."""
-    for seed in range(DRAWS):
+    for seed, covered in DRAWS:
         try:
-            slots = template.variables(seed)
+            slots = template.variables(seed, covered)
             sides = ("clear",) if template.general else ("clear", "flawed")
             variables = {side: template.side_variables(side, slots) for side in sides}
         except TemplateError as error:
@@ -169,7 +171,7 @@ def _mirror(template: Template, slots: dict[str, Any]) -> Iterator[tuple[str, st
         here, there = template.side_variables(side, slots), template.side_variables(other, swapped)
         for block in (side, "comply", "push_back", "comply_examples", "push_back_examples"):
             texts = template.render(block, here), template.render(other if block == side else block, there)
-            for text, text_there in zip(*(text.splitlines() for text in texts), strict=False):
+            for text, text_there in itertools.zip_longest(*(text.splitlines() for text in texts), fillvalue=""):
                 if text != text_there:
                     yield (
                         "mirror",

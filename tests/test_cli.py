@@ -401,6 +401,7 @@ def test_missing_file_is_refused(refused: Callable, model: str, command: str) ->
         ([], "either --run DIR or --model M"),
         (["--run", "r", "--model", "m"], "either --run DIR or --model M"),
         (["--run", "r", "--adapter", "a"], "--adapter goes with --model"),
+        (["--run", "r", "--config", "c.yaml"], "--config goes with --model"),
         (["--run", "absent"], "absent: not a run folder"),
         (["--model", "./model", "--adapter", "absent"], "--adapter absent: no adapter_config.json"),
     ],

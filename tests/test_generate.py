@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dream import template_checks
 from dream.audit import Audit, View
 from dream.config import Config
 from dream.demand import Demand
@@ -18,6 +19,8 @@ from dream.errors import DataError, EngineError
 from dream.generate import Progress, RoundDreamer
 from dream.judge.combined import Judge
 from dream.records import SIDES, ContrastPair, Dropped, Message, PreferencePair, Reply, Scenario, Verdict
+from dream.scenarios import draw
+from dream.selfplay import written
 from dream.store import RoundStore, contrast_pairs, read_json, read_log
 from dream.template import PLAN, Template
 from dream.templates import load
@@ -261,8 +264,9 @@ def test_twin_without_its_pair_is_interrupted(dream, config, twin_templates) -> 
         check_every_scenario_ended_once(found)
 
 
-def test_twin_that_cannot_be_made_drops_its_scenario(dream, config, tmp_path: Path, template_text) -> None:
+def test_twin_that_cannot_be_made_drops_its_scenario(dream, config, tmp_path: Path, template_text, monkeypatch) -> None:
     """A scenario whose twin does not render is dropped whole, with the reason, and not kept as well."""
+    monkeypatch.setattr(template_checks, "DRAWS", [])  # a fault so rare that no check sees it
     path = tmp_path / "moody.j2"
     path.write_text(
         template_text("moody", mirror=True)
@@ -277,8 +281,9 @@ def test_twin_that_cannot_be_made_drops_its_scenario(dream, config, tmp_path: Pa
     assert not failed & {pair.clear.pair_id for pair in [*found.pairs, *found.spare]}
 
 
-def test_ids_are_not_used_again_after_a_kill(dream, config, tmp_path: Path, template_text) -> None:
+def test_ids_are_not_used_again_after_a_kill(dream, config, tmp_path: Path, template_text, monkeypatch) -> None:
     """A scenario that could not be drawn, and so left only a dropped row, keeps its number when the round goes on."""
+    monkeypatch.setattr(template_checks, "DRAWS", [])  # a fault so rare that no check sees it
     path = tmp_path / "moody.j2"
     path.write_text(
         template_text("moody")
@@ -684,6 +689,21 @@ def test_dreamer_words_both_directions(dream, config, script) -> None:
     assert all("Please make a label" in row.prompt[0]["content"] for row in found.rows)
     assert "dreamer_unreadable" in {row.reason for row in found.dropped}
     check_every_scenario_ended_once(found)
+
+
+def test_dreamer_must_keep_what_the_direction_names(tiny_templates: list[Template]) -> None:
+    """A wording with the right numbers that loses a word which `mentions` asks for cannot be used."""
+    scenario = draw(tiny_templates[0], 1, "r1-000001")
+
+    def worded(good: str) -> Scenario | None:
+        said = [scenario.side(side).mentions["comply"][0] for side in SIDES]
+        answer = f"SOUND: Make a label for {said[0]} {good}.\nFLAWED: Make a label for {said[1]} {good}."
+        return asyncio.run(written(ScriptedEngine(lambda messages, number: answer), scenario))
+
+    kept = worded(scenario.slots["good"])
+    assert kept is not None
+    assert kept.clear.direction.startswith("Make a label")
+    assert worded("things") is None
 
 
 def test_dead_engine_leaves_a_round_to_continue(dream, config, script) -> None:

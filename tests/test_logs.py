@@ -16,7 +16,7 @@ from dream.engine import ScriptedEngine
 from dream.errors import DataError
 from dream.evidence import evidence, gives_direction
 from dream.judge.question import Question
-from dream.logs import ATTEMPTS, LogImporter, steered_prompt
+from dream.logs import ATTEMPTS, LogImporter, check_paths, steered_prompt
 from dream.records import Message, PreferencePair, Verdict, assistant, user
 from dream.store import read_log
 
@@ -474,3 +474,25 @@ def test_large_logs_need_little_memory(tmp_path: Path) -> None:
     turns, undecided, kilobytes = map(int, child.stdout.split())
     assert (turns, undecided) == (100_000, 25_000)
     assert kilobytes < 10_000
+
+
+def test_a_file_that_is_not_ours_stays_as_it_is(tmp_path: Path) -> None:
+    """A file of other text is refused with its line and keeps every byte, with a line end at its end or without."""
+    for text in ("KEY=1", "one line\ntwo", '{"other": "json"}', "one line\n"):
+        out = tmp_path / "notes.txt"
+        out.write_text(text)
+        with pytest.raises(DataError, match=r"notes\.txt:\d"):
+            check_paths([], out)
+        assert out.read_text() == text
+
+
+def test_rows_without_a_last_line_end_are_kept(tmp_path: Path, make_row: Callable[..., PreferencePair]) -> None:
+    """A last row that an editor left without its line end is a row; half a row of ours is not, and does no harm."""
+    rows = [make_row("a").model_dump_json(), make_row("b").model_dump_json()]
+    out = tmp_path / "rows.jsonl"
+    assert check_paths([], out) == set()
+    out.write_text("\n".join(rows))
+    assert check_paths([], out) == {"a", "b"}
+    assert out.read_text() == "\n".join(rows) + "\n"
+    out.write_text(rows[0] + "\n" + rows[1][:40])
+    assert check_paths([], out) == {"a"}

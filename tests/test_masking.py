@@ -116,3 +116,25 @@ def test_time_is_linear_in_hostile_text(piece: str) -> None:
 
     small = min(seconds(10_000) for _ in range(3))
     assert seconds(100_000) < 40 * small + 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('"refreshToken": "abc123"', '"refreshToken": "[PASSWORD]"'),
+        ("DB_PASS=hunter2", "DB_PASS=[PASSWORD]"),
+        ("SECRET_KEY_BASE=xyz", "SECRET_KEY_BASE=[PASSWORD]"),
+        ("AccountKey=abc==;x", "AccountKey=[PASSWORD];x"),
+        ("password=ab,cd", "password=[PASSWORD]"),
+        ("Authorization: Token abcdefghijkl1234", "Authorization: Token [TOKEN]"),
+        ("run --password hunter2 now", "run --password [PASSWORD] now"),
+        ("run --token=abc now", "run --token=[PASSWORD] now"),
+        ("https://hooks.slack.com/services/T00/B00/XXXXXXXX", "https://hooks.slack.com/services/[TOKEN]"),
+        ("bypass: yes", "bypass: yes"),
+        ("compass --passive mode", "compass --passive mode"),
+    ],
+)
+def test_names_that_secrets_hide_behind(text: str, expected: str) -> None:
+    """Settings, headers, flags and addresses that hold a secret, and words that only look like them."""
+    assert mask(text)[0] == expected
+    assert mask(expected)[0] == expected

@@ -535,3 +535,17 @@ def test_damaged_file_is_one_line_a_problem(scratch: Path, template_text, start:
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file for property tests to write to."""
     return tmp_path_factory.mktemp("scratch") / "scratch.j2"
+
+
+@pytest.mark.parametrize("style", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_fault_in_one_branch_is_found(tmp_path: Path, template_text: Callable[..., str], style: int) -> None:
+    """Every value of a short list is drawn by the check, so a fault that only one of them shows is found."""
+    path = tmp_path / "branches.j2"
+    fault = f"in the store.{{% if style == {style} %}}{{{{ 7 // 0 }}}}{{% endif %}}"
+    path.write_text(
+        template_text("branches")
+        .replace("  good:", "  style: [1, 2, 3, 4, 5, 6, 7, 8]\n  good:")
+        .replace("in the store.", fault)
+    )
+    with pytest.raises(TemplateError, match="block situation"):
+        load(path)

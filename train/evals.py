@@ -37,7 +37,7 @@ class SideFigures(Record):
 
 
 class Evaluation(Record):
-    """The figures of DESIGN section 5; intervals are 95 % bootstrap over pairs."""
+    """The figures of docs/ARCHITECTURE.md, "What is measured"; intervals are 95 % bootstrap over pairs."""
 
     pairs: int
     pair_accuracy: float

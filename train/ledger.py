@@ -1,6 +1,6 @@
 """The trust ledger: how far one training step moved the policy, per example, and what it bought.
 
-The learning rate is trust per example (S6 in docs/ARCHITECTURE.md); these are the figures that show how much trust was
+The learning rate is trust per example; these are the figures that show how much trust was
 really given. Nothing here reads files or models.
 """
 

@@ -1,4 +1,4 @@
-"""What the policy must not forget. A first check: arithmetic, the skill that preference training loses first (S9).
+"""What the policy must not forget. A first check: arithmetic, the skill that preference training loses first.
 
 Not covered yet: facts, instruction format, perplexity of neutral text.
 """
