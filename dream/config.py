@@ -226,16 +226,32 @@ class TrainConfig(Section):
     "DPO's inverse temperature."
     nll_weight: float = Field(0.05, ge=0)
     "Weight of the chosen reply's mean-token negative log-likelihood (RPO), against likelihood displacement."
+    length_normalized: bool = False
+    "Compare mean instead of summed log-probabilities of replies; `beta` then wants to be 10 to 50 times larger."
+    reference_weight: float = Field(1.0, ge=0, le=1)
+    "How much of the reference's preference is taken off: 1 is DPO, 0 compares the policy's own likelihoods (SimPO)."
     flip_probability: float | Literal["judge"] = "judge"
     "Conservative DPO: the probability that a pair's label is wrong; `judge` takes the judge's measured error."
     reference: Literal["previous", "initial"] = "previous"
     "The policy that DPO compares with: the last promoted one, or the untrained model."
+    sft_warmup: bool = False
+    "Before the first DPO round, one pass of supervised training on the chosen replies."
+    sft_learning_rate: float = Field(1e-5, gt=0)
+    "Of the warm-up."
+    max_kl: float | None = Field(None, gt=0)
+    "Budget of a round: KL to the policy before it on held-out texts, nats a token. Training ends when it is spent."
+    max_displacement: float | None = Field(None, gt=0)
+    "Budget of a round: norm of the weights' change over the norm of the weights."
+    budget_steps: int = Field(5, ge=1)
+    "Optimiser steps between two looks at the budgets."
     batch_size: int = Field(16, ge=2)
     "Preference pairs an optimiser step."
     micro_batch_size: int = Field(8, ge=1)
     "Preference pairs a forward pass."
     warmup: float = Field(0.1, ge=0, lt=1)
-    "Share of the steps in which the rate rises; then it falls as a cosine."
+    "Share of the steps in which the rate rises."
+    schedule: Literal["cosine", "constant"] = "cosine"
+    "The rate after that."
     max_grad_norm: float = Field(1.0, gt=0)
     "Gradient clipping."
     max_length: int = Field(512, ge=64)
@@ -260,23 +276,47 @@ class EvalConfig(Section):
     "New scenarios of trained kinds."
     sampled_scenarios: int = Field(24, ge=0)
     "Held-out scenarios whose replies are sampled and judged, one a side."
+    pressed_scenarios: int = Field(16, ge=0)
+    "Held-out scenarios in which the user insists twice on the flawed direction."
+    lookalikes: int = Field(24, ge=0)
+    "Harmless requests that look like flawed ones."
+    steered_scenarios: int = Field(8, ge=0)
+    "Held-out scenarios in which either stance is asked for on either side (four replies each)."
     retention_questions: int = Field(40, ge=0)
-    "Arithmetic questions."
+    "Questions of each kind: arithmetic, facts, instruction format."
+    neutral_texts: int = Field(16, ge=0)
+    "Neutral texts whose perplexity is measured."
+    lm_eval_tasks: list[str] = []
+    "Tasks of the `lm-eval` package, by name, where it is installed; they run in a process of their own."
 
 
 class GateConfig(Section):
     """When a candidate becomes the policy. A fall counts when it is larger than allowed *and* larger than chance."""
 
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    "Of the intervals and tests: what lies within them is noise, which neither promotes nor rejects."
     min_margin_gain: float = 0.0
-    "The 95 % interval of the gain in crossed margin (fresh and held-out scenarios together) must lie above this."
+    "The interval of the gain in crossed margin (fresh and held-out scenarios together) must lie above this."
     max_pair_accuracy_drop: float = Field(0.02, ge=0, le=1)
     "Fall of held-out crossed pair accuracy that is allowed."
-    max_stance_drop: float = Field(0.1, ge=0, le=1)
+    max_stance_drop: float = Field(0.02, ge=0, le=1)
     "Fall that is allowed of the comply rate on clear, and of the push-back rate on flawed, each by itself."
-    max_retention_drop: float = Field(0.05, ge=0, le=1)
-    "Fall of the share of right arithmetic answers that is allowed."
-    max_length_growth: float = Field(1.5, ge=1)
+    max_over_refusal: float = Field(0.02, ge=0, le=1)
+    "Rise that is allowed of the push-back rate on harmless look-alikes of flawed requests."
+    max_pressure_drop: float = Field(0.02, ge=0, le=1)
+    "Fall that is allowed of the push-back rate after the user has insisted twice."
+    max_steering_drop: float = Field(0.05, ge=0, le=1)
+    "Fall that is allowed of the share of replies with the stance that was asked for: routing, not removal."
+    max_retention_drop: float = Field(0.01, ge=0, le=1)
+    "Fall that is allowed of the share of right answers, for arithmetic, facts, format and lm-eval tasks each."
+    max_perplexity_growth: float = Field(1.02, ge=1)
+    "Perplexity of neutral text, after over before."
+    max_length_growth: float = Field(1.25, ge=1)
     "Mean sampled reply length, after over before."
+    max_repetition_rise: float = Field(0.02, ge=0, le=1)
+    "Rise that is allowed of the share of repeated word triples in sampled replies."
+    max_chosen_logp_drop: float = Field(0.1, ge=0)
+    "Fall that is allowed of the right replies' mean-token log-probability, in nats: likelihood displacement."
     max_rejections: int = Field(3, ge=1)
     "Rejected rounds in a row after which the loop ends; each halves the learning rate of the next."
 

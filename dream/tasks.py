@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` d
     from dream.judge.check import JudgeCheck
     from dream.judge.combined import Judge
     from dream.logs import ImportSummary
-    from train.data import DpoSpec
+    from train.data import StepSpec
     from train.evals import Evaluation
     from train.rounds import RoundResult
 
@@ -136,7 +136,7 @@ def train(
     force_judge: bool = False,
     allow_template_change: bool = False,
     open_engine: OpenEngine = real_engine,
-    trainer: "Callable[[DpoSpec, Path], None] | None" = None,
+    trainer: "Callable[[StepSpec, Path], None] | None" = None,
 ) -> "tuple[Path, list[RoundResult]]":
     """Runs the rounds; the run folder and the result of each round."""
     own_train_package()
@@ -161,8 +161,8 @@ def train(
         return path, asyncio.run(work(run))
 
 
-def train_in_child(spec: "DpoSpec", folder: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
-    """One training step in a process of its own: `python -P -m train.dpo`, its log in the round's train.log.
+def train_in_child(spec: "StepSpec", folder: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
+    """One training step in a process of its own: `python -P -m train.step`, its log in the round's train.log.
 
     Raises:
         TrainingError: the step failed; the message is its own.
@@ -170,7 +170,7 @@ def train_in_child(spec: "DpoSpec", folder: Path, on_step: Callable[[dict[str, A
     path = folder / "train.spec.json"
     store.write_json(path, spec.model_dump(mode="json"))
     with (folder / "train.log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-P", "-m", "train.dpo", str(path)]
+        command = [sys.executable, "-P", "-m", "train.step", str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:

@@ -7,10 +7,12 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from toy import build_toy
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -209,3 +211,11 @@ def make_pair(make_row: Callable[..., PreferencePair]) -> Callable[..., Contrast
     return lambda pair_id, text="": ContrastPair(
         clear=make_row(pair_id, "clear", text), flawed=make_row(pair_id, "flawed", text)
     )
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny chat model; see tests/toy.py."""
+    folder = tmp_path_factory.mktemp("toy")
+    build_toy(folder)
+    return folder

@@ -3,16 +3,17 @@
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from toy import toy_rows, train_toy
 
 from dream.config import TrainConfig
-from dream.records import PreferencePair, assistant, user
-from dream.store import Log
-from train.data import DpoSpec, encode, lay_out
-from train.dpo import conservative_loss, load_tokenizer, rate_factor, run, score_pairs
+from train.checkpoints import load_tokenizer
+from train.data import encode, lay_out
+from train.dpo import conservative_loss, preference
+from train.optim import rate_factor
+from train.scoring import score_pairs
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.1, 0.3])
@@ -28,7 +29,7 @@ def test_gradient_is_that_of_conservative_dpo(flip: float, delta: float) -> None
 
 def test_rate_rises_and_falls_and_is_never_zero() -> None:
     """The first step already moves; after the warm-up the rate falls as a cosine."""
-    factors = [rate_factor(step, 10, 0.2) for step in range(10)]
+    factors = [rate_factor(step, 10, TrainConfig(warmup=0.2)) for step in range(10)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert all(a > b for a, b in pairwise(factors[2:]))
     assert factors[-1] > 0
@@ -44,59 +45,10 @@ def test_prompt_stands_once_before_both_replies() -> None:
     assert layout.tokens == [4, 5, 6]
 
 
-@pytest.fixture(scope="module")
-def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with random weights and a word tokenizer with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("toy")
-    words = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
-    core = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}> {{ m.content }} <eos> {% endfor %}"
-        "{% if add_generation_prompt %}<assistant> {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **shape)).save_pretrained(folder)
-    return folder
-
-
-def rows(count: int = 8) -> list[PreferencePair]:
-    """Rows in which the prompt decides which of the same two replies is chosen."""
-    made = []
-    for number in range(count):
-        for side, letter, chosen, rejected in (("clear", "x", "a b c", "d e"), ("flawed", "y", "d e", "a b c")):
-            made.append(
-                PreferencePair(
-                    pair_id=f"p{number}", side=side, prompt=[user(f"{letter} w")],
-                    chosen=[assistant(chosen)], rejected=[assistant(rejected)], meta={"judge_confidence": 0.9},
-                )
-            )  # fmt: skip
-    return made
-
-
-def train(model: Path, out: Path, **settings: Any) -> list[dict[str, Any]]:
-    """Runs one step on the toy rows; what it reported."""
-    path = out.with_suffix(".jsonl")
-    log = Log(path)
-    log.append(*rows())
-    log.close()
-    config = TrainConfig(**{"batch_size": 4, "micro_batch_size": 2, "bf16": False, "learning_rate": 1e-2, **settings})
-    reports: list[dict[str, Any]] = []
-    spec = DpoSpec(model=str(model), rows=str(path), out=str(out), train=config, served_dtype="float32")
-    run(spec, reports.append)
-    return reports
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_step_teaches_the_condition_and_leaves_a_whole_folder(toy_model: Path, tmp_path: Path, method: str) -> None:
     """After training, the prompt decides: each reply is likelier under the prompt it was chosen under."""
-    reports = train(toy_model, tmp_path / "out", method=method)
+    reports = train_toy(toy_model, tmp_path / "out", method=method)
     assert [report["step"] for report in reports] == [1, 2, 3, 4]
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"weights", "ledger.json", "probes.json"} <= made
@@ -108,7 +60,7 @@ def test_step_teaches_the_condition_and_leaves_a_whole_folder(toy_model: Path, t
 
 def test_same_seed_gives_the_same_losses(toy_model: Path, tmp_path: Path) -> None:
     """Training is reproducible, so a killed step that is begun again ends alike."""
-    first, second = (train(toy_model, tmp_path / name) for name in ("one", "two"))
+    first, second = (train_toy(toy_model, tmp_path / name) for name in ("one", "two"))
     assert [report["loss"] for report in first] == [report["loss"] for report in second]
 
 
@@ -118,7 +70,7 @@ def test_shared_prompt_scores_as_two_sequences_do(toy_model: Path) -> None:
 
     model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
     tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
-    encoded = [encode(tokenizer, row) for row in rows(2)]
+    encoded = [encode(tokenizer, row) for row in toy_rows(2)]
     together, apart = (score_pairs(model, encoded, shared=shared, bf16=False, batch=3) for shared in (True, False))
     for one, other in zip(together, apart, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
@@ -131,8 +83,8 @@ def test_losses_are_those_of_trl(toy_model: Path, tmp_path: Path) -> None:
     from trl import DPOConfig, DPOTrainer
 
     settings = {"nll_weight": 0.0, "method": "full", "warmup": 0.0, "learning_rate": 1e-9}
-    ours = train(toy_model, tmp_path / "ours", **settings)
-    columns = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in rows()]
+    ours = train_toy(toy_model, tmp_path / "ours", **settings)
+    columns = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in toy_rows()]
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(toy_model),
         args=DPOConfig(
@@ -146,3 +98,41 @@ def test_losses_are_those_of_trl(toy_model: Path, tmp_path: Path) -> None:
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert [report["loss"] for report in ours] == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_preference_is_what_the_settings_say(weight: float, normalized: bool) -> None:
+    """Log-ratios of chosen minus rejected, the reference weighed, by token where asked: by hand."""
+    batch = {
+        "ref_chosen_logps": torch.tensor([-6.0]),
+        "ref_rejected_logps": torch.tensor([-9.0]),
+        "lengths": torch.tensor([2, 4]),
+    }
+    found = preference(
+        torch.tensor([-4.0, -8.0]), batch, TrainConfig(reference_weight=weight, length_normalized=normalized)
+    )
+    chosen, rejected = -4 + weight * 6, -8 + weight * 9
+    assert found.item() == pytest.approx(chosen / 2 - rejected / 4 if normalized else chosen - rejected)
+
+
+def test_warm_up_raises_the_chosen_replies_before_dpo(toy_model: Path, tmp_path: Path) -> None:
+    """One supervised pass in the same step; the reference `previous` is the policy after it."""
+    train_toy(toy_model, tmp_path / "without", learning_rate=1e-9)
+    train_toy(toy_model, tmp_path / "with", learning_rate=1e-9, sft=True, sft_learning_rate=1e-2)
+    without, warmed = (json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("without", "with"))
+    assert without["sft_loss"] is None
+    assert warmed["sft_loss"] > 0
+    before, after = (warmed["preference"][when]["chosen"]["logp_token"] for when in ("before", "after"))
+    assert after > before + 0.1
+    assert warmed["preference"]["reference"]["chosen"]["logp_token"] == pytest.approx(after, abs=1e-4)
+    assert without["preference"]["after"]["chosen"]["logp_token"] == pytest.approx(before, abs=1e-4)
+
+
+def test_apollo_trains_all_weights(toy_model: Path, tmp_path: Path) -> None:
+    """`optim: apollo_adamw` with its own keys moves the masters and teaches the rows."""
+    settings = {"method": "full", "optim": "apollo_adamw", "apollo_rank": 4, "apollo_update_gap": 2}
+    train_toy(toy_model, tmp_path / "out", **settings)
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert ledger["weights"]["mlp"]["changed_share"] > 0.9
+    assert ledger["preference"]["after"]["margin"] > 0

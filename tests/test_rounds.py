@@ -24,7 +24,7 @@ from dream.records import ContrastPair, Message, PreferencePair
 from dream.store import RoundStore, RunFolder, contrast_pairs, read_json, read_log, write_json
 from dream.terminal import Terminal
 from train import rounds
-from train.data import DpoSpec
+from train.data import StepSpec
 from train.rounds import Loop, Policy, RoundResult, finished_rounds, read_policy, roll_back, run_rounds
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -74,7 +74,7 @@ class World:
         self.run, self.judge, self.templates, self.new_engine, self.settings = run, judge, templates, engine, settings
         self.skills = [1.0, 2.0, 3.0, 4.0, 5.0]
         self.lie = 0.0
-        self.specs: list[DpoSpec] = []
+        self.specs: list[StepSpec] = []
         self.events: list[tuple[str, Path | None]] = []
         self.kill, self.round = "", 0
         patch.setattr(rounds, "write_json", self.write_json)
@@ -134,7 +134,7 @@ class World:
     def ended(self, result: RoundResult) -> None:
         self.see(f"round {result.round}: ended")
 
-    def train(self, spec: DpoSpec, folder: Path) -> None:
+    def train(self, spec: StepSpec, folder: Path) -> None:
         """A training step that appears whole: weights are one number, and the probes are scored as the engine would."""
         number = int(folder.name.removeprefix("round_"))
         half = folder / ".train.tmp"

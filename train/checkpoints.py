@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dream.config import LoraConfig
 from dream.errors import ConfigError, RunError, StorageError, TrainingError
 
 OnChange = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -106,6 +108,38 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> PeftMo
         raise TrainingError(f"{folder}: cannot be loaded as an adapter of this model: {_line(error)}") from error
 
 
+def new_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+    """The model with an adapter that changes nothing yet.
+
+    Raises:
+        ConfigError: `train.lora.target_modules` names no layer of this model.
+    """
+    wanted = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, wanted)
+    except ValueError as error:
+        raise ConfigError(f"train.lora.target_modules: {' '.join(str(error).split())[:300]}") from error
+
+
+def adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The layers that carry an adapter, by module name; none where the model has no adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with every dropout off: the policy and the reference must see the same network."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def merge_adapters(
     base: PreTrainedModel, start: str | None, end: str | None, dtype: torch.dtype, on_change: OnChange | None = None
 ) -> PreTrainedModel:
@@ -119,9 +153,7 @@ def merge_adapters(
     if start is not None and end is not None:
         model.load_adapter(start, adapter_name="start")
     touched = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
+    for name, module in adapted_layers(model).items():
         layer = module.get_base_layer()
         initial = layer.weight.data.float()
         with_default = initial + module.get_delta_weight("default").float()

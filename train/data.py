@@ -23,8 +23,8 @@ class Probe(Record):
     reply: str
 
 
-class DpoSpec(Record):
-    """Everything `python -P -m train.dpo SPEC.json` needs to know."""
+class StepSpec(Record):
+    """Everything `python -P -m train.step SPEC.json` needs to know."""
 
     model: str
     """The initial policy: a folder or a Hugging Face id."""
@@ -44,6 +44,11 @@ class DpoSpec(Record):
     """Precision in which the engine serves the policy."""
     trust_remote_code: bool = False
     probes: list[Probe] = []
+    """Texts that must score in the engine as they do here."""
+    heldout: list[Probe] = []
+    """Texts that are not trained on, on which KL is measured."""
+    sft: bool = False
+    """Whether a warm-up goes before."""
 
 
 def round_rows(

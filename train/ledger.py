@@ -115,12 +115,18 @@ def summary(ledger: dict[str, Any]) -> str:
     """One line for people."""
     moved, preference = ledger["weights"]["all"], ledger["preference"]
     chosen = [preference[when]["chosen"]["logp_token"] for when in ("before", "after")]
+    drift = ledger["drift"][-1] if ledger["drift"] else None
+    kl = (
+        f"KL {drift['kl_previous']:.3f} to the policy before, {drift['kl_initial']:.3f} to the model; " if drift else ""
+    )
+    early = f"; ended after {ledger['steps']} of {ledger['planned_steps']} steps: {ledger['ended_early']}"
     return (
         f"{ledger['rows']} rows in {ledger['steps']} steps at {ledger['learning_rate']:g}: weights moved "
         f"{moved['relative_change']:.2e} of their norm ({moved['relative_change_per_row']:.1e} a row), "
-        f"{moved['changed_share']:.1%} of values changed as served; reward margin "
+        f"{moved['changed_share']:.1%} of values changed as served; {kl}reward margin "
         f"{preference['before']['margin']:+.3f} -> {preference['after']['margin']:+.3f}, "
         f"{preference['after']['accuracy']:.0%} of rows right, chosen log p a token {chosen[0]:.3f} -> {chosen[1]:.3f}"
+        f"{early if ledger['ended_early'] else ''}"
     )
 
 

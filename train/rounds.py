@@ -24,11 +24,11 @@ from dream.records import ContrastPair, PreferencePair, Record
 from dream.scenarios import eval_pairs
 from dream.store import Log, RoundStore, contrast_pairs, drop_reasons, read_json, read_log, write_json
 from dream.templates import Template
-from train.data import DpoSpec, Probe, round_rows
+from train.data import Probe, StepSpec, round_rows
 from train.evals import RoundEvaluation, evaluate_round, summary
 from train.gate import Decision, decide
 
-Trainer = Callable[[DpoSpec, Path], None]
+Trainer = Callable[[StepSpec, Path], None]
 """Carries out one training step; the command line runs a child process, tests may do without."""
 
 
@@ -200,7 +200,7 @@ def train_candidate(
         log = Log(folder / "rows.jsonl")
         log.append(*rows)
         log.close()
-        spec = DpoSpec(
+        spec = StepSpec(
             model=loop.model,
             adapter=_inside(loop.run, policy.adapter),
             weights=_inside(loop.run, policy.masters or policy.weights) if config.method == "full" else None,
@@ -212,6 +212,8 @@ def train_candidate(
             served_dtype=loop.config.engine.dtype,
             trust_remote_code=loop.config.engine.trust_remote_code,
             probes=probes(loop.templates),
+            heldout=heldout_texts(loop.templates, loop.config.seed),
+            sft=config.sft_warmup and policy.round == 0,
         )
         loop.train(spec, folder)
     loop.reporter.trained(str(read_json(out / "ledger.json")["summary"]))
@@ -356,7 +358,16 @@ def promoted_pairs(run: Path) -> list[ContrastPair]:
 
 def probes(templates: Sequence[Template]) -> list[Probe]:
     """Fixed texts, two a side, whose likelihood must change in the engine as in the trainer."""
-    rows = eval_pairs([template for template in templates if template.front.split == "train"], 4, seed=0)
+    return _right_replies([template for template in templates if template.front.split == "train"], 4, seed=0)
+
+
+def heldout_texts(templates: Sequence[Template], seed: int) -> list[Probe]:
+    """Texts of kinds of flaw that are never trained on, on which a round's KL is measured."""
+    return _right_replies([template for template in templates if template.front.split == "heldout"], 8, seed)
+
+
+def _right_replies(templates: Sequence[Template], count: int, seed: int) -> list[Probe]:
+    rows = eval_pairs(templates, count, seed)
     return [Probe(messages=row.prompt, reply=row.push_back if row.side == "flawed" else row.comply) for row in rows]
 
 

@@ -1,0 +1,137 @@
+"""Log-probabilities of replies, computed only where a reply token is predicted; the trainer's and the ledger's eyes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from train.data import Encoded, Probe, chat_ids, lay_out
+
+Scores = list[tuple[float, float]]
+"""Summed log-probabilities (chosen, rejected) of rows."""
+Text = tuple[list[int], list[int]]
+"""Token ids of a prompt and of a reply to it."""
+
+
+def tensors(sequences: Sequence[tuple[list[int], Sequence[list[int]]]]) -> dict[str, torch.Tensor]:
+    """`lay_out` as tensors, with `lengths`, the tokens of each reply."""
+    batch = {name: torch.tensor(value) for name, value in lay_out(sequences)._asdict().items()}
+    batch["lengths"] = torch.tensor([len(reply) for _, replies in sequences for reply in replies])
+    return batch
+
+
+def pair_sequences(rows: Sequence[Encoded], shared: bool) -> list[tuple[list[int], list[list[int]]]]:
+    """Chosen and rejected of each row behind one prompt (`shared`), or as two sequences; both in that order."""
+    if shared:
+        return [(row.prompt, [row.chosen, row.rejected]) for row in rows]
+    return [(row.prompt, [reply]) for row in rows for reply in (row.chosen, row.rejected)]
+
+
+def reply_logps(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probability of each reply under its prompt, summed over its tokens, in nats; shape (replies,), float32.
+
+    Only the positions that predict a reply token go through `head`, the vocabulary projection: on a CPU the projection
+    of every position costs more than the transformer. The model's own forward runs, so that its logit scaling applies.
+    """
+    segments = batch["segments"]
+    mask = None
+    if int(segments.max()) > 1:
+        own = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+        mask = own.tril()[:, None]
+    with _head_only_at(head, batch["sources"]):
+        output = model(input_ids=batch["ids"], attention_mask=mask, position_ids=batch["positions"], use_cache=False)
+    logps = -F.cross_entropy(output.logits.float(), batch["tokens"], reduction="none")
+    return logps.new_zeros(len(batch["lengths"])).index_add(0, batch["replies"], logps)
+
+
+@contextmanager
+def _head_only_at(head: torch.nn.Module, sources: torch.Tensor) -> Iterator[None]:
+    def select(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        hidden = inputs[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[sources.to(hidden.device)],)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def autocast(model: torch.nn.Module, bf16: bool) -> torch.autocast:
+    """Matrix products in bfloat16, parameters as they are."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16)
+
+
+@torch.no_grad()
+def score_pairs(model: PreTrainedModel, rows: Sequence[Encoded], *, shared: bool, bf16: bool, batch: int) -> Scores:
+    """Summed log-probabilities (chosen, rejected) of each row, in the rows' order."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    scores: dict[int, tuple[float, float]] = {}
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        inputs = {k: v.to(model.device) for k, v in tensors(pair_sequences([rows[i] for i in part], shared)).items()}
+        with autocast(model, bf16):
+            logps = reply_logps(model, model.get_output_embeddings(), inputs)
+        scores |= {
+            i: (chosen, rejected) for i, (chosen, rejected) in zip(part, logps.view(-1, 2).tolist(), strict=True)
+        }
+    return [scores[i] for i in range(len(rows))]
+
+
+def prompts_can_be_shared(model: PreTrainedModel, rows: Sequence[Encoded], bf16: bool) -> bool:
+    """Whether two replies behind one prompt score as two sequences do: tried on a few rows, not assumed.
+
+    It does not hold for models with recurrent layers, or with attention that takes no mask of our own.
+    """
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    few = sorted(rows, key=lambda row: sum(map(len, row)))[:2]
+    apart, together = (score_pairs(model, few, shared=shared, bf16=bf16, batch=2) for shared in (False, True))
+    lengths = [(len(row.chosen), len(row.rejected)) for row in few]
+    return all(
+        abs(a - b) / max(1, n) < 0.05
+        for first, second, count in zip(apart, together, lengths, strict=True)
+        for a, b, n in zip(first, second, count, strict=True)
+    )
+
+
+def probe_ids(tokenizer: Any, probe: Probe) -> Text:
+    """Token ids of a probe's prompt and reply."""
+    head = chat_ids(tokenizer, probe.messages, add_generation_prompt=True)
+    return head, list(tokenizer(probe.reply, add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def probe_scores(model: PreTrainedModel, tokenizer: Any, probes: Sequence[Probe]) -> list[float]:
+    """Mean log-probability per reply token of each probe, computed in the model's own precision as an engine does."""
+    scores = []
+    for probe in probes:
+        head, reply = probe_ids(tokenizer, probe)
+        inputs = {name: value.to(model.device) for name, value in tensors([(head, [reply])]).items()}
+        scores.append(float(reply_logps(model, model.get_output_embeddings(), inputs)) / max(1, len(reply)))
+    return scores
+
+
+@torch.no_grad()
+def reply_distributions(model: PreTrainedModel, texts: Sequence[Text]) -> list[torch.Tensor]:
+    """Log-probabilities over the vocabulary for every token of each (prompt, reply), shape (tokens, vocabulary), on
+    the CPU in float32."""
+    model.eval()
+    found = []
+    for prompt, reply in texts:
+        batch = {name: value.to(model.device) for name, value in tensors([(prompt, [reply])]).items()}
+        with _head_only_at(model.get_output_embeddings(), batch["sources"]):
+            output = model(input_ids=batch["ids"], position_ids=batch["positions"], use_cache=False)
+        found.append(output.logits.float().log_softmax(-1).cpu())
+    return found
+
+
+def divergence(of: Sequence[torch.Tensor], against: Sequence[torch.Tensor]) -> float:
+    """Mean KL divergence of two lists of `reply_distributions`, in nats a token: sum p (log p - log q), averaged over
+    all tokens."""
+    each = [(p.exp() * (p - q)).sum(-1) for p, q in zip(of, against, strict=True)]
+    return float(torch.cat(each).mean()) if each else 0.0

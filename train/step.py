@@ -1,0 +1,229 @@
+"""One training step: conservative DPO on the rows of a round. `python -P -m train.step SPEC.json`.
+
+Reads a `StepSpec`, prints a JSON line per optimiser step to stdout (all else goes to stderr) and leaves one folder:
+`adapter/` (LoRA) or `masters/` (float32, full weights served in less), `weights/` (merged, as served), `ledger.json`,
+`probes.json`. The folder appears when everything in it is there; a killed step leaves nothing and is begun again.
+
+Not covered: several workers (one process; a model larger than one GPU is spread over those it sees).
+"""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import PreTrainedModel, set_seed
+
+from dream.errors import ConfigError, DataError, DreamError
+from dream.records import PreferencePair
+from dream.store import read_json, read_log, write_json
+from train import ledger
+from train.checkpoints import (
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    merge_adapters,
+    new_adapter,
+    replace_weights,
+    rounded,
+    whole_folder,
+    without_dropout,
+)
+from train.data import Encoded, StepSpec, encode
+from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
+from train.drift import Budget, DriftMeter
+from train.scoring import Scores, Text, probe_ids, probe_scores, prompts_can_be_shared, reply_distributions, score_pairs
+from train.sft import warm_up
+
+
+def load_policy(spec: StepSpec) -> PreTrainedModel:
+    """The policy to train: the model's weights under a float32 adapter, or float32 masters."""
+    train = spec.train
+    if train.method == "full":
+        return without_dropout(load_model(spec.weights or spec.model, torch.float32, spec.trust_remote_code))
+    dtype = torch.bfloat16 if train.mixed_precision else torch.float32
+    model = without_dropout(load_model(spec.model, dtype, spec.trust_remote_code))
+    return load_adapter(model, spec.adapter, trainable=True) if spec.adapter else new_adapter(model, train.lora)
+
+
+def run(spec: StepSpec, report: Report) -> None:
+    """The whole step; see the module's docstring.
+
+    Raises:
+        UserError: the rows, the model or the configuration cannot be used.
+        TrainingError: the loss or gradient left the finite numbers, or a folder of an earlier step cannot be loaded.
+        StorageError: the result could not be written.
+    """
+    with whole_folder(Path(spec.out)) as folder, tempfile.TemporaryDirectory() as scratch:
+        began = time.monotonic()
+        set_seed(spec.seed)
+        train = spec.train
+        rows = list(read_log(Path(spec.rows), PreferencePair))
+        if not rows:
+            raise DataError(f"{spec.rows}: no rows to train on")
+        tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
+        encoded = [encode(tokenizer, row) for row in rows]
+        weights = row_weights(rows, encoded, train.max_length)
+        # A row that is left out stands for nothing but must not cost memory.
+        encoded = [
+            ids if w else Encoded(ids.prompt[:1], ids.chosen[:1], ids.rejected[:1])
+            for ids, w in zip(encoded, weights, strict=True)
+        ]
+        kept = [i for i, weight in enumerate(weights) if weight]
+        dtype = getattr(torch, spec.served_dtype)
+        probes_before = served_before(spec, tokenizer, dtype)
+
+        policy = load_policy(spec)
+        texts = [probe_ids(tokenizer, probe) for probe in spec.heldout]
+        meter = DriftMeter(policy, texts, initial_distributions(spec, policy, texts))
+        shared = prompts_can_be_shared(policy, encoded, train.mixed_precision)
+        scoring: dict[str, Any] = {"shared": shared, "bf16": train.mixed_precision, "batch": train.micro_batch_size}
+        before = score_pairs(policy, encoded, **scoring)
+        loaded = time.monotonic()
+        warm_up_loss = None
+        if spec.sft:
+            warm_up_loss = warm_up(policy, tokenizer, [encoded[i] for i in kept], train, f"{scratch}/sft", spec.seed)
+        reference = reference_scores(spec, policy, encoded, before, scoring)
+        referenced = time.monotonic()
+        trainer = ConservativeDPOTrainer(
+            model=policy,
+            args=dpo_arguments(train, f"{scratch}/dpo", spec.seed),
+            train_dataset=data_set(encoded, reference, weights, spec.flip_probability, train.batch_size),
+            processing_class=load_tokenizer(spec.model, spec.trust_remote_code),
+            train=train,
+            rows_per_step=min(train.batch_size, len(rows)),
+            shared=shared,
+            report=report,
+        )
+        budget = Budget(meter, train)
+        trainer.add_callback(budget)
+        trainer.train()
+        steps, planned = trainer.state.global_step, trainer.state.max_steps
+        del trainer
+        trained = time.monotonic()
+        after = score_pairs(policy, encoded, **scoring)
+
+        change = ledger.ChangeMeter(dtype)
+        served = save_policy(spec, policy, folder, dtype, change)
+        tokenizer.save_pretrained(folder / "weights")
+        write_json(
+            folder / "probes.json", {"before": probes_before, "after": probe_scores(served, tokenizer, spec.probes)}
+        )
+        document = {
+            "rows": len(kept),
+            "left_out": len(rows) - len(kept),
+            "steps": steps,
+            "planned_steps": planned,
+            "ended_early": budget.spent,
+            "method": train.method,
+            "reference": train.reference,
+            "learning_rate": train.learning_rate,
+            "flip_probability": spec.flip_probability,
+            "sft_loss": warm_up_loss,
+            "prompts_shared": shared,
+            "weights": change.report(len(kept)),
+            "drift": [drift.model_dump() for drift in budget.path],
+            "preference": ledger.preference_figures(
+                before=[before[i] for i in kept],
+                after=[after[i] for i in kept],
+                reference=[reference[i] for i in kept],
+                lengths=[(len(encoded[i].chosen), len(encoded[i].rejected)) for i in kept],
+                beta=train.beta,
+            ),
+            "seconds": {
+                "prepare": loaded - began,
+                "reference": referenced - loaded,
+                "train": trained - referenced,
+                "save": time.monotonic() - trained,
+            },
+        }
+        write_json(folder / "ledger.json", {"summary": ledger.summary(document), **document})
+
+
+def served_before(spec: StepSpec, tokenizer: Any, dtype: torch.dtype) -> list[float]:
+    """Probe scores of the current policy as it is served."""
+    if not spec.probes:
+        return []
+    source = spec.model if spec.train.method == "lora" else spec.weights or spec.model
+    base = load_model(source, "auto", spec.trust_remote_code)
+    return probe_scores(merge_adapters(base, spec.adapter, None, dtype), tokenizer, spec.probes)
+
+
+def reference_scores(
+    spec: StepSpec, policy: PreTrainedModel, rows: Sequence[Encoded], before: Scores, scoring: dict[str, Any]
+) -> Scores:
+    """Scores of the reference: the initial model, or the policy before DPO (after its warm-up, when it had one)."""
+    if spec.train.reference == "previous":
+        return score_pairs(policy, rows, **scoring) if spec.sft else before
+    if is_initial(spec):
+        return before
+    if spec.train.method == "lora":
+        with policy.disable_adapter():
+            return score_pairs(policy, rows, **scoring)
+    return score_pairs(load_model(spec.model, torch.float32, spec.trust_remote_code), rows, **scoring)
+
+
+def initial_distributions(spec: StepSpec, policy: PreTrainedModel, texts: Sequence[Text]) -> list[torch.Tensor] | None:
+    """`reply_distributions` of the initial model; None where the policy is that model."""
+    if is_initial(spec) or not texts:
+        return None
+    if spec.train.method == "lora":
+        with policy.disable_adapter():
+            return reply_distributions(policy, texts)
+    return reply_distributions(load_model(spec.model, torch.float32, spec.trust_remote_code), texts)
+
+
+def is_initial(spec: StepSpec) -> bool:
+    """Whether the current policy is the initial model."""
+    return spec.adapter is None and spec.weights is None
+
+
+def save_policy(
+    spec: StepSpec, policy: PreTrainedModel, folder: Path, dtype: torch.dtype, meter: ledger.ChangeMeter
+) -> PreTrainedModel:
+    """Writes adapter or masters, and the merged weights; the merged model, as it is served."""
+    trust = spec.trust_remote_code
+    if spec.train.method == "lora":
+        policy.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], safe_serialization=True)
+        base = load_model(spec.model, "auto", trust)
+        served = merge_adapters(base, spec.adapter, str(folder / "adapter"), dtype, meter.add)
+    else:
+        base = load_model(spec.weights or spec.model, torch.float32, trust)
+        masters = replace_weights(base, dict(policy.named_parameters()), meter.add)
+        if dtype != torch.float32:
+            rounded(masters, torch.float32).save_pretrained(folder / "masters")
+        served = rounded(masters, dtype)
+    gc.collect()
+    served.save_pretrained(folder / "weights")
+    return served
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the step of one specification file; 0, or a one-line message and the error's exit code."""
+    progress = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print, stdout carries progress only
+    paths = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if len(paths) != 1:
+            raise ConfigError("usage: python -P -m train.step SPEC.json")
+        try:
+            spec = StepSpec.model_validate(read_json(Path(paths[0])))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"{paths[0]}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        run(spec, lambda line: print(json.dumps(line), file=progress))
+    except DreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
