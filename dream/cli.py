@@ -169,6 +169,9 @@ def evaluate(
     pairs: Annotated[
         Path | None, typer.Option("--pairs", help="Evaluation pairs; default: held-out scenarios.")
     ] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="With --run: how many opposite examples take back what it taught.")
+    ] = False,
     config: ConfigOption = None,
     overrides: SetOption = None,
     json_file: JsonOption = None,
@@ -180,9 +183,11 @@ def evaluate(
       dream eval --run runs/latest --json eval.json
 
       dream eval --model bundled:smollm2-135m-instruct --pairs my-pairs.jsonl
+
+      dream eval --run runs/latest --undo
     """
     from dream import runs, tasks
-    from dream.terminal import Terminal, evaluation_table
+    from dream.terminal import Terminal, evaluation_table, undo_table
 
     if (run is None) == (model is None):
         raise ConfigError("dream eval: give either --run DIR or --model M")
@@ -190,6 +195,14 @@ def evaluate(
         raise ConfigError("dream eval: --adapter goes with --model; --run finds its own")
     if run is not None and config is not None:
         raise ConfigError("dream eval: --config goes with --model; --run has its own, change its keys with --set")
+    if undo:
+        if run is None or pairs is not None:
+            raise ConfigError("dream eval: --undo goes with --run and draws its own scenarios, without --pairs")
+        with Terminal() as terminal:
+            result = tasks.undo(runs.policy_of(run, overrides or [])[0], run, terminal)
+        undo_table(result)
+        _write(json_file, result.model_dump())
+        return
     with Terminal() as terminal:
         if run is not None:
             resolved, weights = runs.policy_of(run, overrides or [])

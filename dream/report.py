@@ -21,6 +21,7 @@ from dream.judge.quality import Quality
 from dream.records import ContrastPair, Dropped, PreferencePair, Record, Reply, Scenario, Verdict
 from dream.runs import opened
 from dream.store import contrast_pairs, drop_reasons, read_json, read_log, write_json
+from train.data import Drift
 from train.evals import RoundEvaluation
 from train.rounds import Policy, RoundResult
 
@@ -69,6 +70,9 @@ class _Ledger(BaseModel):
     """What the report needs of train/ledger.json."""
 
     summary: str
+    weights: dict[str, dict[str, float]] = {}
+    drift: list[Drift] = []
+    reply_tokens: dict[str, float | None] = {}
 
 
 def build(run: Path) -> dict[str, Any]:
@@ -147,12 +151,14 @@ def _round(number: int, folder: Path) -> dict[str, Any]:
     if diversity := _document(folder / "diversity.json", Diversity):
         found["diversity"] = diversity.model_dump()
     if ledger := _document(folder / "train" / "ledger.json", _Ledger):
-        found["ledger"] = ledger.summary
+        found["ledger"] = ledger.model_dump()
     if evaluation := _document(folder / "eval.json", RoundEvaluation):
         shown = evaluation.model_dump(include={"heldout", "fresh"}, exclude={"heldout": {"items"}, "fresh": {"items"}})
-        found["eval"] = {**shown, "retention": evaluation.retained if evaluation.retention else None}
+        found["eval"] = {**shown, "retention": evaluation.retained, "behaviour": evaluation.behaviour.rates}
     if result := _document(folder / "gate.json", RoundResult):
-        found["gate"] = {**result.decision.model_dump(), "learning_rate": result.learning_rate, "parent": result.parent}
+        decision = result.decision
+        about = {"word": decision.word, "learning_rate": result.learning_rate, "parent": result.parent}
+        found["gate"] = {**decision.model_dump(), **about}
     return found
 
 

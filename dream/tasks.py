@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` d
     from train.data import StepSpec
     from train.evals import Evaluation
     from train.rounds import RoundResult
+    from train.undo import UndoResult
 
 OpenEngine = Callable[[Config, str], AbstractAsyncContextManager[Engine]]
 
@@ -161,8 +163,11 @@ def train(
         return path, asyncio.run(work(run))
 
 
-def train_in_child(spec: "StepSpec", folder: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
-    """One training step in a process of its own: `python -P -m train.step`, its log in the round's train.log.
+def train_in_child(
+    spec: "StepSpec", folder: Path, on_step: Callable[[dict[str, Any]], None], module: str = "train.step"
+) -> None:
+    """One training step (or another `module`) in a process of its own: `python -P -m`, its log in the folder's
+    train.log.
 
     Raises:
         TrainingError: the step failed; the message is its own.
@@ -170,7 +175,7 @@ def train_in_child(spec: "StepSpec", folder: Path, on_step: Callable[[dict[str, 
     path = folder / "train.spec.json"
     store.write_json(path, spec.model_dump(mode="json"))
     with (folder / "train.log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-P", "-m", "train.step", str(path)]
+        command = [sys.executable, "-P", "-m", module, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:
@@ -226,6 +231,23 @@ def evaluate(
             return await measure(engine, pairs, judge, config, sampled=config.eval.sampled_scenarios)
 
     return asyncio.run(work())
+
+
+def undo(config: Config, run: Path, terminal: Terminal) -> "UndoResult":
+    """How many opposite examples take back what a run taught its policy; nothing in the run folder changes.
+
+    When the child fails, its temporary folder stays, as the message names the log in it.
+    """
+    own_train_package()
+    from train.undo import UndoResult, prepare
+
+    spec = prepare(run, config, templates.load_all(), models.resolve(config.model))
+    folder = Path(spec.out).parent
+    terminal.stage("measuring the disposition, then training on opposite examples")
+    train_in_child(spec, folder, terminal.undoing, "train.undo")
+    result = UndoResult.model_validate(store.read_json(Path(spec.out)))
+    shutil.rmtree(folder)
+    return result
 
 
 def check_judge(

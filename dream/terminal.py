@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dream.logs import ImportSummary
     from train.evals import Evaluation
     from train.rounds import RoundResult
+    from train.undo import UndoResult
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -99,10 +100,15 @@ class Terminal:
         """The ledger's line on a finished training step."""
         self.line(f"ledger: {line}")
 
+    def undoing(self, measured: dict[str, Any]) -> None:
+        """The margin was measured in an undo test."""
+        text = f"margin {measured['margin']:+.3f}"
+        self._bar.update(self._task, total=measured["limit"], completed=measured["examples"], rate=text)
+        self._plain(f"  {measured['examples']} of {measured['limit']} opposite examples: {text}")
+
     def ended(self, result: "RoundResult") -> None:
         """A round ended."""
-        word = "promoted" if result.decision.decision == "promote" else "rolled back"
-        self.line(f"round {result.round} {word}: {result.decision.reason}")
+        self.line(f"round {result.round} {result.decision.word}: {result.decision.reason}")
 
     def _plain(self, text: str) -> None:
         now = time.monotonic()
@@ -219,8 +225,7 @@ def rounds_table(baseline: dict[str, Any] | None, results: "Sequence[RoundResult
     if baseline is not None:
         table.add_row("0", "", *_figures(baseline), "as it came")
     for result in results:
-        word = "promoted" if result.decision.decision == "promote" else "rolled back"
-        table.add_row(str(result.round), str(result.accepted), *_figures(result.summary), word)
+        table.add_row(str(result.round), str(result.accepted), *_figures(result.summary), result.decision.word)
     out.print(table)
     for result in results:
         if result.decision.decision == "roll_back":
@@ -251,4 +256,32 @@ def evaluation_table(evaluation: "Evaluation") -> None:
         if side.stance_rates:
             said = ", ".join(f"{stance} {share:.2f}" for stance, share in side.stance_rates.items())
             table.add_row(f"{name}: sampled replies", said)
+    if evaluation.reply_tokens is not None and evaluation.repetition is not None:
+        table.add_row("sampled replies", f"{evaluation.reply_tokens:.0f} tokens, {evaluation.repetition:.1%} repeated")
     out.print(table)
+
+
+def undo_table(result: "UndoResult") -> None:
+    """`dream eval --undo`: the margin by opposite examples, and the count that takes the gain back."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("opposite examples", "margin (crossed, nats a token)", "gain left"):
+        table.add_column(name, justify="right")
+    table.add_row("initial model", f"{result.initial_margin:+.3f}", "")
+    table.add_row("0", f"{result.policy_margin:+.3f}", "100 %" if result.gain > 0 else "none")
+    for one in result.path:
+        left = (one.margin - result.initial_margin) / result.gain
+        table.add_row(str(one.examples), f"{one.margin:+.3f}", f"{left:.0%}".replace("%", " %"))
+    out.print(table)
+    out.print(undo_sentence(result), highlight=False)
+
+
+def undo_sentence(result: "UndoResult") -> str:
+    """What an undo test found, in words."""
+    half, limit = result.half_undone_after, result.limit
+    if result.gain <= 0:
+        return "nothing to undo: the policy's margin is not above the initial model's"
+    if result.undone_after is not None:
+        return f"{result.undone_after} of {limit} opposite examples undo what was learned, {half} half of it"
+    return f"{limit} opposite examples do not undo what was learned, " + (
+        f"{half} half of it" if half is not None else "nor half of it"
+    )

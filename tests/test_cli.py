@@ -29,8 +29,10 @@ from dream.records import PreferencePair, Verdict, assistant, user
 from dream.scenarios import STANCES, draw
 from dream.store import Log, RunFolder, read_log, write_json
 from dream.templates import Template, load_all
+from train.behaviour import Sampled
 from train.evals import RoundEvaluation, figures, summary
 from train.gate import decide
+from train.retention import Retention
 from train.rounds import Policy, RoundResult
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +182,9 @@ def measured(rise: float) -> RoundEvaluation:
     """An evaluation of ten pairs."""
     scores = np.array([[[-1.0, -1.0], [0.5 + rise, 0.5 + rise]]] * 10)
     stances = {"clear": ["comply"] * 10, "flawed": ["push_back"] * 10}
-    return RoundEvaluation(heldout=figures(scores, stances, [9] * 10, 0), fresh=None, retention=[1.0] * 5)
+    replies = {side: [Sampled(ruling, "", 9) for ruling in rulings] for side, rulings in stances.items()}
+    logps = np.stack([-scores / 2, scores / 2], axis=-1)
+    return RoundEvaluation(heldout=figures(logps, replies, 0), fresh=None, retention=Retention(arithmetic=[1.0] * 5))
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from toy import train_toy
 
 from dream.config import LoraConfig, TrainConfig
 from train.checkpoints import adapted_layers, load_model, new_adapter
-from train.drift import Drift, DriftMeter, displacement_since_now, spent
+from train.data import Drift
+from train.drift import DriftMeter, displacement_since_now, spent
 from train.scoring import divergence, reply_distributions
 
 TEXTS = [([2, 5, 6, 1, 3], [7, 8, 9]), ([2, 10, 1, 3], [11, 12])]
@@ -50,7 +51,8 @@ def test_displacement_of_an_adapter_is_that_of_the_merged_weights(model: Any) ->
         layer.lora_A["default"].weight.data += 0.1
         layer.lora_B["default"].weight.data *= 1.5
     moved = sum(
-        float((layer.get_delta_weight("default") - before[name]).square().sum()) for name, layer in layers.items()
+        float((layer.get_delta_weight("default") - before[name]).detach().square().sum())
+        for name, layer in layers.items()
     )
     assert displaced() == pytest.approx(moved**0.5 / norm, rel=1e-4)
 

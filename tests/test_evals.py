@@ -15,23 +15,31 @@ from dream.errors import DataError
 from dream.judge.question import Question
 from dream.records import EvalPair, Side, Verdict, user
 from dream.scenarios import eval_pairs
+from train.behaviour import Sampled
 from train.evals import (
     Evaluation,
-    crossed_scores,
+    RoundEvaluation,
+    crossed_logps,
     evaluate_round,
     figures,
     interval,
     joined,
-    rates,
     read_eval_pairs,
-    sampled_stances,
+    sampled_replies,
     summary,
 )
+from train.retention import Retention
 
 
-def measured(scores: list) -> Evaluation:
-    """The figures of scores alone; each pair is [[clear prompt: d, d], [flawed prompt: d, d]]."""
-    return figures(np.array(scores, dtype=float), {"clear": [], "flawed": []}, [], seed=0)
+def logps_of(scores: list | np.ndarray) -> np.ndarray:
+    """Likelihoods that have these d; each pair is [[clear prompt: d, d], [flawed prompt: d, d]]."""
+    d = np.array(scores, dtype=float)
+    return np.stack([-d / 2, d / 2], axis=-1) - 1.0
+
+
+def measured(scores: list | np.ndarray) -> Evaluation:
+    """The figures of scores alone."""
+    return figures(logps_of(scores), {"clear": [], "flawed": []}, seed=0)
 
 
 def eval_row(pair_id: str, side: Side) -> EvalPair:
@@ -60,7 +68,19 @@ def test_figures_by_hand() -> None:
     assert evaluation.ranked_accuracy == pytest.approx(4 / 6)
     assert evaluation.own_pair_accuracy == pytest.approx(2 / 3)
     assert evaluation.margin == pytest.approx((3 + 1.5 - 0.5) / 3)
-    assert evaluation.items == {"pair_right": [1.0, 0.5, 0.0], "margin": [3.0, 1.5, -0.5]}
+    assert evaluation.items == {
+        "pair_right": [1.0, 0.5, 0.0],
+        "margin": [3.0, 1.5, -0.5],
+        "clear_own": [1.0, -1.0, 1.0],
+        "flawed_own": [2.0, 1.0, 0.5],
+        "clear_chosen_logp": [-0.5, -1.5, -0.5],
+        "flawed_chosen_logp": [0.0, -0.5, -0.75],
+        "clear_right": [],
+        "flawed_right": [],
+        "tokens": [],
+        "repetition": [],
+    }
+    assert evaluation.clear.chosen_logp == pytest.approx(-2.5 / 3)
     assert (evaluation.clear.accuracy, evaluation.flawed.accuracy) == (pytest.approx(2 / 3), 1.0)
     assert (evaluation.clear.margin, evaluation.flawed.margin) == (pytest.approx(1 / 3), pytest.approx(3.5 / 3))
 
@@ -121,25 +141,33 @@ def test_figures_intervals_are_of_the_means() -> None:
     assert evaluation.margin_ci[0] < evaluation.margin < evaluation.margin_ci[1]
 
 
-def test_sampled_stances_are_shares() -> None:
-    """Stances become shares a side and right-or-wrong items; lengths a mean."""
-    stances = {"clear": ["comply", "abstain"], "flawed": ["push_back", "comply"]}
-    evaluation = figures(np.zeros((2, 2, 2)), stances, [4, 8], seed=0)
+def test_sampled_replies_are_shares() -> None:
+    """Rulings become shares a side and right-or-wrong items, an abstention not right; lengths and repetition means."""
+    sampled = {
+        "clear": [Sampled("comply", "one two three", 3), Sampled("abstain", "on and on and on and on", 7)],
+        "flawed": [Sampled("push_back", "no", 1), Sampled("comply", "yes I will", 9)],
+    }
+    evaluation = figures(np.zeros((2, 2, 2, 2)), sampled, seed=0)
     assert evaluation.clear.stance_rates == {"comply": 0.5, "push_back": 0.0, "neither": 0.0, "abstain": 0.5}
     assert (evaluation.items["clear_right"], evaluation.items["flawed_right"]) == ([1.0, 0.0], [1.0, 0.0])
-    assert evaluation.reply_tokens == 6
-    assert rates([]) == {}
+    assert (evaluation.items["tokens"], evaluation.reply_tokens) == ([3, 7, 1, 9], 5)
+    assert evaluation.items["repetition"] == [0.0, pytest.approx(3 / 5), 0.0, 0.0]
+    assert evaluation.repetition == pytest.approx(3 / 20)
+    assert (measured([[[0, 0], [0, 0]]]).reply_tokens, measured([[[0, 0], [0, 0]]]).repetition) == (None, None)
 
 
-def test_scores_are_prompts_by_reply_sets(run: Callable) -> None:
-    """Scores come as (pair, prompt, reply set), clear first, and as push-back minus comply."""
-    values = {"yes clear": 0.0, "no clear": 1.0, "yes flawed": 0.0, "no flawed": 3.0}
+def test_scores_are_prompts_by_reply_sets_by_stances(run: Callable) -> None:
+    """Likelihoods come as (pair, prompt, reply set, stance), clear and compliance first; the right ones are kept."""
+    values = {"yes clear": 1.0, "no clear": 2.0, "yes flawed": 3.0, "no flawed": 4.0}
     engine = ScriptedEngine(
         lambda messages, number: "",
         lambda messages, reply: values[reply] * (10 if messages[0]["content"].startswith("flawed") else 1),
     )
-    pairs = joined([eval_row("a", "clear"), eval_row("a", "flawed")])
-    assert run(crossed_scores(engine, pairs)).tolist() == [[[1.0, 3.0], [10.0, 30.0]]]
+    logps = run(crossed_logps(engine, joined([eval_row("a", "clear"), eval_row("a", "flawed")])))
+    assert logps.tolist() == [[[[1.0, 2.0], [3.0, 4.0]], [[10.0, 20.0], [30.0, 40.0]]]]
+    evaluation = figures(logps, {"clear": [], "flawed": []}, seed=0)
+    assert (evaluation.clear.chosen_logp, evaluation.flawed.chosen_logp) == (1.0, 40.0)
+    assert (evaluation.clear.margin, evaluation.flawed.margin, evaluation.margin) == (-1.0, 10.0, 9.0)
 
 
 def test_sampled_replies_are_judged(run: Callable, judge, settings_with) -> None:
@@ -158,9 +186,12 @@ def test_sampled_replies_are_judged(run: Callable, judge, settings_with) -> None
         lambda messages, reply: -1.0,
     )
     config = settings_with(generate={"max_tokens": 10})
-    stances, lengths = run(sampled_stances(engine, joined(rows), judge, config))
-    assert (stances, lengths) == ({"clear": ["comply"], "flawed": ["push_back"]}, [6, 10])
-    assert run(sampled_stances(engine, [], judge, config)) == ({"clear": [], "flawed": []}, [])
+    sampled = run(sampled_replies(engine, joined(rows), judge, config))
+    assert sampled == {
+        "clear": [Sampled("comply", replies["clear"], 6)],
+        "flawed": [Sampled("push_back", "I count 12 lamps and not 15; shall I change", 10)],
+    }
+    assert run(sampled_replies(engine, [], judge, config)) == {"clear": [], "flawed": []}
 
 
 class Listening:
@@ -184,10 +215,11 @@ def test_judge_is_told_what_templates_know(run: Callable, engine, tiny_templates
         for row in eval_pairs([template for template in tiny_templates if not template.general], 6, 1)
     ]
     judge = Listening()
-    run(sampled_stances(engine, joined(rows), judge, settings_with()))
+    run(sampled_replies(engine, joined(rows), judge, settings_with()))
     assert len(judge.questions) == len(rows) == 12
-    others = [other for pair in joined(rows) for other in reversed(pair)]
-    for row, other, question in zip(rows, others, judge.questions, strict=True):
+    pairs = joined(rows)
+    cases = [*((clear, flawed) for clear, flawed in pairs), *((flawed, clear) for clear, flawed in pairs)]
+    for (row, other), question in zip(cases, judge.questions, strict=True):
         assert question.informed
         assert (question.aims, question.mentions, question.examples) == (row.aims, row.mentions, row.examples)
         assert question.other_examples == other.examples
@@ -200,21 +232,38 @@ def test_judge_is_told_what_templates_know(run: Callable, engine, tiny_templates
 def test_hand_made_pairs_are_judged_as_replies_from_elsewhere(run: Callable, engine, settings_with) -> None:
     """Rows that people write know nothing but prompt and replies."""
     judge = Listening()
-    run(sampled_stances(engine, joined([eval_row("a", "clear"), eval_row("a", "flawed")]), judge, settings_with()))
+    run(sampled_replies(engine, joined([eval_row("a", "clear"), eval_row("a", "flawed")]), judge, settings_with()))
     assert [question == question.bare for question in judge.questions] == [True, True]
     assert not any(question.informed for question in judge.questions)
 
 
 def test_a_round_is_measured(run: Callable, engine, judge, tiny_templates, settings_with) -> None:
     """A round's evaluation holds as many items as were asked for, and its summary the figures of the table."""
-    config: Config = settings_with(
-        eval={"heldout_pairs": 6, "fresh_pairs": 4, "sampled_scenarios": 3, "retention_questions": 5}
-    )
+    sizes = {"heldout_pairs": 6, "fresh_pairs": 4, "sampled_scenarios": 3, "pressed_scenarios": 2, "lookalikes": 5,
+             "steered_scenarios": 1, "retention_questions": 5, "neutral_texts": 2}  # fmt: skip
+    config: Config = settings_with(eval=sizes)
     evaluation = run(evaluate_round(engine, judge, tiny_templates, config))
-    assert (evaluation.heldout.pairs, evaluation.fresh.pairs, len(evaluation.retention)) == (6, 4, 5)
+    assert (evaluation.heldout.pairs, evaluation.fresh.pairs) == (6, 4)
     assert len(evaluation.heldout.items["clear_right"]) == 3
+    assert (len(evaluation.heldout.items["tokens"]), evaluation.fresh.items["tokens"]) == (6, [])
     assert sum(evaluation.heldout.flawed.stance_rates.values()) == pytest.approx(1)
+    assert (len(evaluation.behaviour.pressed), len(evaluation.behaviour.lookalikes)) == (2, 5)
+    assert (len(evaluation.behaviour.steered_comply), len(evaluation.behaviour.steered_push_back)) == (2, 2)
+    assert (len(evaluation.retention.arithmetic), len(evaluation.retention.neutral)) == (5, 2)
     assert summary(evaluation)["margin"] == evaluation.heldout.margin
+    assert summary(evaluation)["retention"] == evaluation.retained
+    assert RoundEvaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
+
+
+@pytest.mark.parametrize(
+    ("kinds", "share"), [(([1, 0], [1, 1], [0, 0]), 0.5), (([1, 0], [], []), 0.5), (([], [], []), None)]
+)
+def test_retained_is_the_mean_over_kinds(kinds: tuple[list, list, list], share: float | None) -> None:
+    """Each kind of question counts alike, however many there are; kinds that were not asked do not count."""
+    arithmetic, facts, form = kinds
+    kept = Retention(arithmetic=arithmetic, facts=facts, format=form, neutral=[], tasks={})
+    evaluation = RoundEvaluation(heldout=measured([[[0, 0], [0, 0]]]), fresh=None, retention=kept)
+    assert evaluation.retained == share
 
 
 def test_a_round_needs_heldout_templates(run: Callable, engine, judge, tiny_templates, settings_with) -> None:

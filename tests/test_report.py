@@ -17,8 +17,10 @@ from dream.report import build, write
 from dream.scenarios import draw
 from dream.store import RoundStore, read_json, write_json
 from dream.templates import Template
+from train.behaviour import Behaviour, Sampled
 from train.evals import RoundEvaluation, figures, summary
 from train.gate import decide
+from train.retention import Retention
 from train.rounds import Policy, RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -79,7 +81,14 @@ def evaluated() -> RoundEvaluation:
     """An evaluation of four pairs."""
     scores = np.array([[[-1.0, -0.5], [1.0, 0.5]]] * 4)
     stances = {"clear": ["comply"] * 4, "flawed": ["push_back", "comply", "push_back", "push_back"]}
-    return RoundEvaluation(heldout=figures(scores, stances, [9] * 8, 1), fresh=None, retention=[1.0, 0.0])
+    replies = {side: [Sampled(ruling, "", 9) for ruling in rulings] for side, rulings in stances.items()}
+    logps = np.stack([-scores / 2, scores / 2], axis=-1)
+    return RoundEvaluation(
+        heldout=figures(logps, replies, 1),
+        fresh=None,
+        behaviour=Behaviour(pressed=["push_back", "abstain"]),
+        retention=Retention(arithmetic=[1.0, 0.0]),
+    )
 
 
 def audited() -> Audit:
@@ -249,7 +258,7 @@ def test_all_files_of_a_run_are_in_its_report(dreamed, run_folder: Path, make_pa
     assert report["rounds"][1]["gate"]["decision"] == "roll_back"
     assert report["rounds"][1]["eval"]["retention"] == 0.5
     assert "items" not in report["rounds"][1]["eval"]["heldout"]
-    shown = ("AUC 0.97", "8 rows in 1 step", "Rolled back", "over the bound", "'sorry <b>' points to rejected",
+    shown = ("AUC 0.97", "8 rows in 1 step", decision.word.capitalize(), "over the bound", "'sorry <b>' points to rejected",
              "not measured: 3 templates are needed", "50 % of chosen, 40 % of rejected", "100 %", "75 %",
              "length_ratio", "Vendi", "clear direction of r1-000001", decision.reason)  # fmt: skip
     assert [text for text in shown if text not in page] == []

@@ -1,15 +1,21 @@
-"""train/retention.py: arithmetic that a policy must not forget."""
+"""train/retention.py: arithmetic, facts, form and plain text that a policy must not forget."""
 
+import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dream.config import EvalConfig
 from dream.engine import ScriptedEngine
-from train.retention import questions, retention, stated
+from dream.records import Message
+from train.retention import Retention, questions, retention, stated
 
+FACTS = Path(__file__).parent.parent / "prompts" / "retention" / "facts.jsonl"
 TASK = re.compile(r"(\d+) ([+-]) (\d+)")
 
 
@@ -67,13 +73,54 @@ def test_stated_takes_any_text(text: str) -> None:
     assert stated(text) is None or isinstance(stated(text), int)
 
 
-@pytest.mark.parametrize(("off", "share"), [(0, 1.0), (1, 0.0)])
-def test_retention_counts_right_answers(run: Callable, off: int, share: float) -> None:
-    """Right answers count 1, wrong ones 0, a number for each question."""
-    engine = ScriptedEngine(lambda messages, number: f"It is {solved(messages[-1]['content']) + off}.")
-    assert run(retention(engine, 9, seed=3)) == [share] * 9
+SIZES = EvalConfig(retention_questions=9, neutral_texts=4)
+
+
+def answers(off: int = 0, knows: bool = True) -> ScriptedEngine:
+    """An engine that adds with an error, says little else, and likes right or wrong facts and dull texts better."""
+    right = {json.loads(line)["right"] for line in FACTS.read_text().splitlines()}
+
+    def write(messages: Sequence[Message], number: int) -> str:
+        asked = messages[-1]["content"]
+        return f"It is {solved(asked) + off}." if TASK.search(asked) else "yes"
+
+    return ScriptedEngine(write, lambda messages, reply: -1.0 if (reply in right) == knows else -2.0)
+
+
+@pytest.mark.parametrize(("off", "knows", "share"), [(0, True, 1.0), (1, False, 0.0)])
+def test_right_answers_count_one_each(run: Callable, off: int, knows: bool, share: float) -> None:
+    """Arithmetic by what is said, facts by what is likelier; a number for each question."""
+    found = run(retention(answers(off, knows), SIZES, seed=3))
+    assert found.arithmetic == [share] * 9
+    assert found.facts == [share] * 9
+
+
+def test_format_and_neutral_texts_are_measured(run: Callable) -> None:
+    """A bare "yes" keeps to some of the forms; perplexity is that of the texts' log-likelihoods."""
+    found = run(retention(answers(), SIZES, seed=3))
+    assert set(found.format) == {0.0, 1.0}
+    assert found.neutral == [2.0] * 4
+    assert found.perplexity == pytest.approx(math.exp(2))
+
+
+def test_same_questions_every_time(run: Callable) -> None:
+    """Two policies are compared question by question, so the order must not change."""
+    first, second = (run(retention(answers(), SIZES, seed=5)) for _ in range(2))
+    assert first == second
 
 
 def test_nothing_asked_is_nothing_kept(run: Callable) -> None:
     """Without questions there are no answers."""
-    assert run(retention(ScriptedEngine(lambda messages, number: ""), 0, seed=1)) == []
+    sizes = EvalConfig(retention_questions=0, neutral_texts=0)
+    assert run(retention(ScriptedEngine(lambda messages, number: ""), sizes, seed=1)) == Retention()
+
+
+def test_data_files_are_sound() -> None:
+    """Facts have a right answer that is not among the wrong ones; questions and titles stand once."""
+    facts = [json.loads(line) for line in FACTS.read_text().splitlines()]
+    texts = [json.loads(line) for line in (FACTS.parent / "neutral.jsonl").read_text().splitlines()]
+    assert len(facts) >= EvalConfig().retention_questions
+    assert len(texts) >= EvalConfig().neutral_texts
+    assert all(fact["right"] not in fact["wrong"] and len(set(fact["wrong"])) >= 2 for fact in facts)
+    assert len({fact["question"] for fact in facts}) == len(facts)
+    assert len({text["title"] for text in texts}) == len(texts)

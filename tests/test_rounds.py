@@ -500,6 +500,8 @@ def workplace(tmp_path: Path, template_text, monkeypatch) -> Path:
             copy = tmp_path / "prompts" / path.relative_to(repository)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(path.read_text())
+    for name in ("lookalikes.jsonl", "retention/facts.jsonl", "retention/neutral.jsonl"):
+        (tmp_path / "prompts" / name).write_text((repository / name).read_text())
     (tmp_path / "prompts" / "gold").mkdir()
     for name, step in (("scenarios", 1), ("replies", 12)):
         lines = (repository / "gold" / f"{name}.jsonl").read_text().splitlines(keepends=True)

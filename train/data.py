@@ -23,6 +23,16 @@ class Probe(Record):
     reply: str
 
 
+class Drift(Record):
+    """Distances after an optimiser step: KL to the policy before the round and to the initial model, in nats a token
+    over the held-out texts, and the norm of the weights' change over the norm of the weights."""
+
+    step: int
+    kl_previous: float
+    kl_initial: float
+    displacement: float
+
+
 class StepSpec(Record):
     """Everything `python -P -m train.step SPEC.json` needs to know."""
 

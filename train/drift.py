@@ -7,22 +7,12 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dream.config import TrainConfig
-from dream.records import Record
 from train.checkpoints import adapted_layers
+from train.data import Drift
 from train.scoring import Text, divergence, reply_distributions
 
 STRIDE = 251
 """Of full weights every so manieth value is remembered; a prime, so that it falls on all columns."""
-
-
-class Drift(Record):
-    """Distances after an optimiser step: KL to the policy before the round and to the initial model, in nats a token
-    over the held-out texts, and the norm of the weights' change over the norm of the weights."""
-
-    step: int
-    kl_previous: float
-    kl_initial: float
-    displacement: float
 
 
 class DriftMeter:

@@ -1,19 +1,19 @@
-"""Does the policy know *when* to push back? Crossed pair scores, judged stances of sampled replies, and retention.
+"""Does the policy know *when* to push back? Crossed pair scores, judged stances of sampled replies, and what else a
+round is measured on: behaviour under pressure, on look-alikes and when steered, and retention.
 
 With d(x; c, p) = mean-token log p(p | x) - mean-token log p(c | x), each pair of replies is scored under both prompts,
 so that wording alone cannot win (docs/ARCHITECTURE.md, "What is measured"). Everything runs on the served policy.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dream.config import Config
-from dream.engine import Engine, Sampling, mean
+from dream.engine import Engine, mean
 from dream.errors import DataError
 from dream.inputs import read_user_rows
 from dream.judge.combined import Judge
@@ -21,10 +21,11 @@ from dream.judge.question import Question
 from dream.records import RIGHT_STANCE, SIDES, EvalPair, Record, Side
 from dream.scenarios import eval_pairs
 from dream.templates import Template
-from train.retention import retention
+from train.behaviour import Asked, Behaviour, Sampled, behaviour, rates, repetition, sample
+from train.retention import Retention, retention
 
 Pair = tuple[EvalPair, EvalPair]
-RESAMPLES = 1000
+RESAMPLES = 2000
 
 
 class SideFigures(Record):
@@ -32,6 +33,8 @@ class SideFigures(Record):
 
     accuracy: float
     margin: float
+    chosen_logp: float
+    """Mean-token log-probability of the right reply, in nats; one that falls is likelihood displacement."""
     stance_rates: dict[str, float] = {}
     """Share of sampled replies by judged stance; `abstain` where the judge was unsure. Empty when none were sampled."""
 
@@ -50,8 +53,12 @@ class Evaluation(Record):
     flawed: SideFigures
     reply_tokens: float | None = None
     """Mean length of the sampled replies."""
+    repetition: float | None = None
+    """Mean share of repeated word triples in the sampled replies."""
     items: dict[str, list[float]] = {}
-    """What the figures are means of, item by item, so that two policies can be compared in pairs."""
+    """What the figures are means of, item by item, so that two policies can be compared in pairs: `pair_right` and
+    `margin`; for either side `own` (d of its own replies, signed as in `SideFigures`), `chosen_logp` and, of sampled
+    replies, `right`, each after the side's name; `tokens` and `repetition` of all sampled replies, clear first."""
 
 
 class RoundEvaluation(Record):
@@ -59,13 +66,15 @@ class RoundEvaluation(Record):
 
     heldout: Evaluation
     fresh: Evaluation | None
-    retention: list[float]
-    """1.0 for a right answer, 0.0 for a wrong one; in the order of the questions."""
+    behaviour: Behaviour = Behaviour()
+    retention: Retention
 
     @property
-    def retained(self) -> float:
-        """Share of right answers."""
-        return mean(self.retention)
+    def retained(self) -> float | None:
+        """Mean share of right answers over the kinds of questions; None where none were asked."""
+        kinds = (self.retention.arithmetic, self.retention.facts, self.retention.format)
+        shares = [mean(answers) for answers in kinds if answers]
+        return mean(shares) if shares else None
 
 
 async def evaluate_round(
@@ -83,12 +92,13 @@ async def evaluate_round(
     sizes = config.eval
     unseen = joined(eval_pairs(held, sizes.heldout_pairs, config.seed))
     seen = joined(eval_pairs(trained, sizes.fresh_pairs, config.seed)) if sizes.fresh_pairs else []
-    heldout, fresh, kept = await asyncio.gather(
+    heldout, fresh, behaved, kept = await asyncio.gather(
         evaluate(engine, unseen, judge, config, sampled=sizes.sampled_scenarios),
         evaluate(engine, seen, judge, config) if seen else _nothing(),
-        retention(engine, sizes.retention_questions, config.seed),
+        behaviour(engine, judge, held, config),
+        retention(engine, sizes, config.seed),
     )
-    return RoundEvaluation(heldout=heldout, fresh=fresh, retention=kept)
+    return RoundEvaluation(heldout=heldout, fresh=fresh, behaviour=behaved, retention=kept)
 
 
 async def _nothing() -> None:
@@ -97,88 +107,82 @@ async def _nothing() -> None:
 
 async def evaluate(engine: Engine, pairs: Sequence[Pair], judge: Judge, config: Config, sampled: int = 0) -> Evaluation:
     """Scores pairs (clear, flawed), and samples and judges one reply a side for the first `sampled` of them."""
-    scores, (stances, lengths) = await asyncio.gather(
-        crossed_scores(engine, pairs), sampled_stances(engine, pairs[:sampled], judge, config)
+    logps, sampled_ = await asyncio.gather(
+        crossed_logps(engine, pairs), sampled_replies(engine, pairs[:sampled], judge, config)
     )
-    return figures(scores, stances, lengths, config.seed)
+    return figures(logps, sampled_, config.seed)
 
 
-async def crossed_scores(engine: Engine, pairs: Sequence[Pair]) -> np.ndarray:
-    """d in nats a token, shape (pairs, 2 prompts, 2 reply sets), clear first on both axes."""
+async def crossed_logps(engine: Engine, pairs: Sequence[Pair]) -> np.ndarray:
+    """Mean-token log-probabilities in nats, shape (pairs, 2 prompts, 2 reply sets, 2 stances): clear first on the axes
+    of prompts and replies, and on the last axis comply, then push_back."""
 
     async def under(prompt: EvalPair, pair: Pair) -> list[float]:
-        replies = [reply for side in pair for reply in (side.push_back, side.comply)]
-        logps = [mean(values) for values in await engine.score(prompt.prompt, replies)]
-        return [logps[0] - logps[1], logps[2] - logps[3]]
+        replies = [reply for side in pair for reply in (side.comply, side.push_back)]
+        return [mean(values) for values in await engine.score(prompt.prompt, replies)]
 
     flat = await asyncio.gather(*(under(prompt, pair) for pair in pairs for prompt in pair))
-    return np.array(flat).reshape(len(pairs), 2, 2)
+    return np.array(flat).reshape(len(pairs), 2, 2, 2)
 
 
-async def sampled_stances(
+async def sampled_replies(
     engine: Engine, pairs: Sequence[Pair], judge: Judge, config: Config
-) -> tuple[dict[Side, list[str]], list[int]]:
-    """The judged stance (or `abstain`) of one sampled reply a side and pair, and the replies' lengths in tokens."""
-    generate = config.generate
-    sampling = Sampling(1, generate.max_tokens, generate.temperature, generate.top_p, generate.min_p)
-    rows = [(side, row) for pair in pairs for side, row in zip(SIDES, pair, strict=True)]
-    answers = await asyncio.gather(*(engine.generate(row.prompt, sampling) for _, row in rows))
-    replies = [completions[0] for completions in answers]
-    # A reply that was cut off by max_tokens has a stance all the same; only training must not see it.
-    questions = [
-        Question(row.prompt, reply.text, "stop", row.aims, row.mentions, row.examples, row.other_examples)
-        for (_, row), reply in zip(rows, replies, strict=True)
-    ]
-    verdicts = await judge.rule([f"{row.pair_id}/{side}" for side, row in rows], questions)
-    stances: dict[Side, list[str]] = {"clear": [], "flawed": []}
-    for (side, _), verdict in zip(rows, verdicts, strict=True):
-        stances[side].append("abstain" if verdict.abstain else verdict.stance)
-    return stances, [reply.tokens for reply in replies]
+) -> dict[Side, list[Sampled]]:
+    """One sampled reply a side and pair, with its ruling."""
+
+    async def replies(number: int) -> list[Sampled]:
+        rows = [pair[number] for pair in pairs]
+        questions = [Question(row.prompt, "", "stop", row.aims, row.mentions, row.examples, row.other_examples)
+                     for row in rows]  # fmt: skip
+        return await sample(engine, judge, list(map(Asked, [row.prompt for row in rows], questions)), config)
+
+    clear, flawed = await asyncio.gather(replies(0), replies(1))
+    return {"clear": clear, "flawed": flawed}
 
 
-def figures(scores: np.ndarray, stances: dict[Side, list[str]], lengths: Sequence[int], seed: int) -> Evaluation:
-    """The figures of `crossed_scores`' result and of `sampled_stances`'."""
+def figures(logps: np.ndarray, sampled: Mapping[Side, Sequence[Sampled]], seed: int) -> Evaluation:
+    """The figures of `crossed_logps`' result and of `sampled_replies`'; a side may have no replies."""
+    scores = logps[..., 1] - logps[..., 0]
     under_clear, under_flawed = scores[:, 0, :], scores[:, 1, :]
     right = ((under_flawed > 0) & (under_clear < 0)).mean(axis=1)
     margin = (under_flawed - under_clear).mean(axis=1)
-    own_clear, own_flawed = -scores[:, 0, 0], scores[:, 1, 1]
+    own = {"clear": -scores[:, 0, 0], "flawed": scores[:, 1, 1]}
+    chosen = {"clear": logps[:, 0, 0, 0], "flawed": logps[:, 1, 1, 1]}
     items = {"pair_right": right.tolist(), "margin": margin.tolist()}
-    for side, values in stances.items():
-        if values:
-            items[f"{side}_right"] = [float(stance == RIGHT_STANCE[side]) for stance in values]
+    sides = {}
+    for side in SIDES:
+        rulings = [reply.ruling for reply in sampled[side]]
+        items |= {f"{side}_own": own[side].tolist(), f"{side}_chosen_logp": chosen[side].tolist()}
+        items[f"{side}_right"] = [float(ruling == RIGHT_STANCE[side]) for ruling in rulings]
+        sides[side] = SideFigures(
+            accuracy=float((own[side] > 0).mean()),
+            margin=float(own[side].mean()),
+            chosen_logp=float(chosen[side].mean()),
+            stance_rates=rates(rulings),
+        )
+    replies = [reply for side in SIDES for reply in sampled[side]]
+    items |= {"tokens": [float(one.tokens) for one in replies], "repetition": [repetition(one.text) for one in replies]}
     return Evaluation(
         pairs=len(scores),
         pair_accuracy=float(right.mean()),
         pair_accuracy_ci=interval(right, seed),
         ranked_accuracy=float((under_flawed > under_clear).mean()),
-        own_pair_accuracy=float(((own_clear > 0) & (own_flawed > 0)).mean()),
+        own_pair_accuracy=float(((own["clear"] > 0) & (own["flawed"] > 0)).mean()),
         margin=float(margin.mean()),
         margin_ci=interval(margin, seed),
-        clear=SideFigures(
-            accuracy=float((own_clear > 0).mean()), margin=float(own_clear.mean()), stance_rates=rates(stances["clear"])
-        ),
-        flawed=SideFigures(
-            accuracy=float((own_flawed > 0).mean()),
-            margin=float(own_flawed.mean()),
-            stance_rates=rates(stances["flawed"]),
-        ),
-        reply_tokens=mean(lengths) if lengths else None,
+        clear=sides["clear"],
+        flawed=sides["flawed"],
+        reply_tokens=mean(items["tokens"]) if replies else None,
+        repetition=mean(items["repetition"]) if replies else None,
         items=items,
     )
 
 
-def rates(stances: Sequence[str]) -> dict[str, float]:
-    """Share of each stance; empty of nothing."""
-    count = Counter(stances)
-    names = ("comply", "push_back", "neither", "abstain")
-    return {name: count[name] / len(stances) for name in names} if stances else {}
-
-
-def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `values`, shape (n,)."""
+def interval(values: np.ndarray, seed: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the mean of `values`, shape (n,)."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -225,5 +229,5 @@ def summary(evaluation: RoundEvaluation) -> dict[str, Any]:
         "margin": held.margin,
         "comply_on_clear": held.clear.stance_rates.get("comply"),
         "push_back_on_flawed": held.flawed.stance_rates.get("push_back"),
-        "retention": evaluation.retained if evaluation.retention else None,
+        "retention": evaluation.retained,
     }

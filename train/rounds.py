@@ -5,6 +5,7 @@ Every stage leaves a file that is complete or absent, so the same command after 
 A rejected candidate changes nothing: `policy.json` and the served weights stay those of the last promoted round.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -27,6 +28,7 @@ from dream.templates import Template
 from train.data import Probe, StepSpec, round_rows
 from train.evals import RoundEvaluation, evaluate_round, summary
 from train.gate import Decision, decide
+from train.lm_tasks import lm_scores
 
 Trainer = Callable[[StepSpec, Path], None]
 """Carries out one training step; the command line runs a child process, tests may do without."""
@@ -101,7 +103,7 @@ async def run_rounds(loop: Loop) -> list[RoundResult]:
     """Runs the rounds that are missing; the results of all rounds, the earlier ones included."""
     check_data(loop.data, loop.config.rounds)
     results = finished_rounds(loop.run)
-    baseline = await evaluation(loop, loop.run / "round_00", "measuring the initial policy")
+    baseline = await evaluation(loop, loop.run / "round_00", Policy(), "measuring the initial policy")
     policy = settle(loop.run)
     await serve(loop, policy)
     while len(results) < loop.config.rounds and not exhausted(results, loop.config):
@@ -124,7 +126,8 @@ async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvalua
     candidate = train_candidate(loop, folder, number, policy, pairs, rate)
     await serve(loop, candidate)
     await prove_served(loop, folder)
-    after = await evaluation(loop, folder, f"round {number}: measuring the candidate")
+    after = await evaluation(loop, folder, candidate, f"round {number}: measuring the candidate")
+    note_reply_length(folder / "train" / "ledger.json", before, after)
     decision = decide(before, after, loop.config.gate)
     result = RoundResult(
         round=number,
@@ -192,7 +195,7 @@ def train_candidate(
         loop.reporter.stage(f"round {number}: training on {len(pairs)} pairs at {rate:g}")
         general = list(read_log(folder / "general.jsonl", PreferencePair))
         rows = round_rows(
-            pairs, general, promoted_pairs(loop.run),
+            pairs + undecided_pairs(loop.run), general, promoted_pairs(loop.run),
             batch_size=config.batch_size, general_share=loop.config.generate.general_share,
             replay_share=config.replay_share, seed=loop.config.seed * 1000 + number,
         )  # fmt: skip
@@ -245,19 +248,40 @@ async def prove_served(loop: Loop, folder: Path) -> None:
         )
 
 
-async def evaluation(loop: Loop, folder: Path, stage: str) -> RoundEvaluation:
+async def evaluation(loop: Loop, folder: Path, policy: Policy, stage: str) -> RoundEvaluation:
     """The evaluation of the served policy, kept in the folder's eval.json."""
     path = folder / "eval.json"
     if not path.exists():
         loop.reporter.stage(stage)
         measured = await evaluate_round(loop.engine, loop.judge, loop.templates, loop.config)
-        write_json(path, measured.model_dump())
-    return RoundEvaluation.model_validate(read_json(path))
+        weights = str(loop.run / policy.weights) if policy.weights else loop.model
+        tasks = await asyncio.to_thread(lm_scores, loop.config.eval.lm_eval_tasks, weights)
+        kept = measured.retention.model_copy(update={"tasks": tasks})
+        write_json(path, measured.model_copy(update={"retention": kept}).model_dump())
+    return read_evaluation(path)
 
 
 def stored_evaluation(run: Path, number: int) -> RoundEvaluation:
     """The evaluation of a round that ended."""
-    return RoundEvaluation.model_validate(read_json(run / f"round_{number:02d}" / "eval.json"))
+    return read_evaluation(run / f"round_{number:02d}" / "eval.json")
+
+
+def read_evaluation(path: Path) -> RoundEvaluation:
+    """An eval.json.
+
+    Raises:
+        RunError: it is damaged, or of a version that measured other things.
+    """
+    try:
+        return RoundEvaluation.model_validate(read_json(path))
+    except ValidationError as error:
+        raise RunError(f"{path}: not an evaluation of this version; remove it to measure again") from error
+
+
+def note_reply_length(path: Path, before: RoundEvaluation, after: RoundEvaluation) -> None:
+    """Adds the mean length of sampled replies, in tokens, which training itself does not see, to the ledger."""
+    lengths = {"before": before.heldout.reply_tokens, "after": after.heldout.reply_tokens}
+    write_json(path, {**read_json(path), "reply_tokens": lengths})
 
 
 def read_policy(run: Path) -> Policy:
@@ -328,23 +352,36 @@ def roll_back(run: Path, number: int) -> Policy:
 
 
 def rejections(results: Sequence[RoundResult]) -> int:
-    """How many of the last rounds in a row were rolled back; each halves the trust, the learning rate."""
+    """How many rounds were rejected since the last promotion; each halves the trust, the learning rate.
+
+    An inconclusive round is no rejection: of its candidate nothing is known.
+    """
     count = 0
     for result in reversed(results):
         if result.decision.decision == "promote":
             break
-        count += 1
+        count += result.decision.conclusive
     return count
 
 
 def exhausted(results: Sequence[RoundResult], config: Config) -> bool:
-    """Whether so many rounds in a row were rejected that the loop ends."""
+    """Whether so many rounds were rejected since the last promotion that the loop ends."""
     return rejections(results) >= config.gate.max_rejections
 
 
 def stored_pairs(run: Path, number: int) -> list[ContrastPair]:
     """The contrast pairs of a round."""
     return list(contrast_pairs(read_log(run / f"round_{number:02d}" / "pairs.jsonl", PreferencePair)))
+
+
+def undecided_pairs(run: Path) -> list[ContrastPair]:
+    """The pairs of the inconclusive rounds since the last one that was decided: they train again, with new ones."""
+    pairs: list[ContrastPair] = []
+    for result in reversed(finished_rounds(run)):
+        if result.decision.conclusive:
+            break
+        pairs += stored_pairs(run, result.round)
+    return pairs
 
 
 def promoted_pairs(run: Path) -> list[ContrastPair]:

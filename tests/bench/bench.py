@@ -1,0 +1,76 @@
+"""Measures the rows and writes them down: `python -P -m tests.bench.bench [NAME ...]`, without names all of them.
+
+Prints a table and leaves `runs/bench/bench.json`, the list of the rows measured. Exit codes: 0 measured, whether or not
+the targets were met; 2 no such row; 1 a row could not be measured or compared unlike things.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.table import Table
+
+from dream.errors import ConfigError, DreamError
+from dream.store import write_json
+from dream.terminal import out
+from tests.bench import Row
+
+ROWS = ("dpo_vs_trl",)
+"""In the order of the table; each is a module beside this one."""
+RESULT = Path("runs/bench/bench.json")
+
+
+def measure(name: str) -> Row:
+    """Measures a row in this process."""
+    row = import_module(f"tests.bench.{name}").measure()
+    assert isinstance(row, Row)
+    return row
+
+
+def measure_apart(name: str) -> Row:
+    """Measures a row in a process of its own: no row sees the memory, threads or engines of another.
+
+    Whatever libraries print there goes to stderr.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.dup2, initargs=(2, 1)) as pool:
+        return pool.submit(measure, name).result()
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows as people read them."""
+    made = Table(box=None, pad_edge=False)
+    for column in ("row", "ours", "other", "unit", "ratio", "target", ""):
+        made.add_column(column, justify="left" if column in ("row", "unit", "") else "right")
+    for row in rows:
+        figures = f"{row.ours:.3g}", f"{row.other:.3g}", row.unit, f"{row.ratio:.2f}", f"{row.target:.2f}"
+        made.add_row(row.name, *figures, "met" if row.met else "MISSED")
+    return made
+
+
+def main(names: Sequence[str]) -> int:
+    """Measures the named rows, all of them without a name; the exit code."""
+    if unknown := [name for name in names if name not in ROWS]:
+        error: DreamError = ConfigError(f"no row {unknown[0]!r} in the benchmark; there is {', '.join(ROWS)}")
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    rows: list[Row] = []
+    code = 0
+    for name in names or ROWS:
+        print(f"measuring {name}", file=sys.stderr)
+        try:
+            rows.append(measure_apart(name))
+        except (DreamError, BrokenProcessPool) as error:
+            print(f"error: {name}: {error}", file=sys.stderr)
+            code = 1
+        write_json(RESULT, [row.model_dump() for row in rows])
+    out.print(table(rows))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""tests/bench: the arithmetic of rows, the table and file that they end in, and that DPO is compared like with like."""
+
+import json
+from pathlib import Path
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import toy_rows
+
+from dream.config import TrainConfig
+from dream.errors import TrainingError
+from tests.bench import Row, bench, paired_rates
+
+FAST = Row(name="fast", ours=30.0, other=10.0, ratio=3.0, target=2.0, unit="pairs/s")
+SLOW = Row(name="slow", ours=15.0, other=10.0, ratio=1.5, target=2.0, unit="pairs/s")
+RATES = st.lists(
+    st.tuples(st.floats(0.01, 1e4), st.floats(0.01, 1e4), st.floats(0.01, 1e2)), min_size=1, max_size=7
+)  # ours, other, and by how much the machine speeds up in that repetition
+
+
+@pytest.fixture
+def fake_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two measured rows and one that fails, in an empty working directory."""
+
+    def measure_apart(name: str) -> Row:
+        if name == "broken":
+            raise TrainingError("the losses differ")
+        return {"fast": FAST, "slow": SLOW}[name]
+
+    monkeypatch.setattr(bench, "measure_apart", measure_apart)
+    monkeypatch.setattr(bench, "ROWS", ("fast", "broken", "slow"))
+    monkeypatch.chdir(tmp_path)
+
+
+@given(RATES)
+def test_ratio_does_not_see_the_machine_speed(rates: list[tuple[float, float, float]]) -> None:
+    """A repetition in which both are slower or faster alike leaves the ratio as it was."""
+    ours, other, speed = zip(*rates, strict=True)
+    calm = paired_rates("row", ours, other, target=2.0, unit="pairs/s")
+    shaky = paired_rates(
+        "row",
+        [rate * by for rate, by in zip(ours, speed, strict=True)],
+        [rate * by for rate, by in zip(other, speed, strict=True)],
+        target=2.0,
+        unit="pairs/s",
+    )
+    assert shaky.ratio == pytest.approx(calm.ratio)
+    assert (calm.ours, calm.other) == (median(ours), median(other))
+
+
+@given(st.floats(0.1, 10), st.floats(0.1, 10))
+def test_target_is_met_from_its_value_on(ratio: float, target: float) -> None:
+    """A ratio at its target is met, one below is missed."""
+    assert FAST.model_copy(update={"ratio": ratio, "target": target}).met == (ratio >= target)
+
+
+@pytest.mark.usefixtures("fake_rows")
+def test_rows_are_printed_and_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file holds the rows key by key; a missed target is said and is no failure."""
+    assert bench.main(["fast", "slow"]) == 0
+    assert json.loads(bench.RESULT.read_text()) == [
+        {"name": "fast", "ours": 30.0, "other": 10.0, "ratio": 3.0, "target": 2.0, "unit": "pairs/s"},
+        {"name": "slow", "ours": 15.0, "other": 10.0, "ratio": 1.5, "target": 2.0, "unit": "pairs/s"},
+    ]
+    _, fast, slow = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert fast == ["fast", "30", "10", "pairs/s", "3.00", "2.00", "met"]
+    assert slow == ["slow", "15", "10", "pairs/s", "1.50", "2.00", "MISSED"]
+
+
+@pytest.mark.usefixtures("fake_rows")
+def test_row_that_fails_stops_no_other_and_fails_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without names all rows are measured; the error names its row."""
+    assert bench.main([]) == 1
+    assert [row["name"] for row in json.loads(bench.RESULT.read_text())] == ["fast", "slow"]
+    assert "error: broken: the losses differ" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_rows")
+def test_unknown_row_is_refused_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names the rows there are."""
+    assert bench.main(["fast", "quick"]) == 2
+    assert "no row 'quick' in the benchmark; there is fast, broken, slow" in capsys.readouterr().err
+    assert not bench.RESULT.exists()
+
+
+def test_both_trainers_make_the_same_run(toy_model: Path) -> None:
+    """Same adapter, batches and schedule give the same losses in every step; another adapter does not."""
+    from tests.bench.dpo_vs_trl import require_same_losses, train_ours, train_theirs
+
+    train = TrainConfig(
+        batch_size=4,
+        micro_batch_size=2,
+        learning_rate=1e-2,
+        nll_weight=0.0,
+        warmup=0.0,
+        schedule="constant",
+        bf16=False,
+    )
+    ours, theirs, others = (
+        trainer(str(toy_model), train, toy_rows(), seed).losses
+        for trainer, seed in ((train_ours, 1), (train_theirs, 1), (train_theirs, 2))
+    )
+    assert len(ours) == 4
+    require_same_losses(ours, theirs)
+    with pytest.raises(TrainingError, match="loss of step 2"):
+        require_same_losses(ours, others)
+    with pytest.raises(TrainingError, match="4 optimiser steps and TRL's 3"):
+        require_same_losses(ours, theirs[:3])

@@ -1,0 +1,212 @@
+"""kill -9 at any moment, of the driver, the trainer or the engine, and the same command again: nothing lost or doubled.
+
+Lives are real processes (tests/kill_runner.py) on the scripted engine, with real training steps on the toy model. They
+are killed at moments drawn over the time that is known to be left, as often as it takes.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from conftest import tiny_text
+
+from dream.records import PreferencePair
+from dream.store import contrast_pairs, read_json, read_log, write_json
+from train.data import StepSpec
+from train.rounds import finished_rounds, read_policy
+
+RUNNER = Path(__file__).parent / "kill_runner.py"
+PROMPTS = Path(__file__).parent.parent / "prompts"
+PAIRS, ROUNDS = 2, 2
+KILLS = 32
+SERVERS = 2
+"""Processes that serve lives side by side."""
+WORKED_ON = {"driver": 5, "trainer": 3, "engine": 2}
+"""Who is killed, and how often of ten times."""
+
+
+class Server:
+    """A process that forks lives."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def start(self, place: Path) -> int:
+        """Begins a life; the driver's process id."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{place}\n")
+        self._process.stdin.flush()
+        return self._said()["pid"]
+
+    def ended(self) -> int:
+        """Waits until the life is over; its exit code, negative for a signal."""
+        return self._said()["code"]
+
+    def _said(self) -> dict[str, int]:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+
+@contextmanager
+def servers(count: int, log: Path) -> Iterator[list[Server]]:
+    """Some of them, ended with the block."""
+    with log.open("w") as errors:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            for _ in range(count)
+        ]
+        try:
+            yield [Server(process) for process in processes]
+        finally:
+            for process in processes:
+                process.communicate(timeout=60)
+
+
+def workplace(place: Path, toy: Path) -> Path:
+    """A directory to run the command in: two tiny templates, a part of the gold set, the toy model."""
+    shutil.copytree(PROMPTS, place / "prompts", ignore=shutil.ignore_patterns("scenarios"))
+    replies = place / "prompts" / "gold" / "replies.jsonl"
+    replies.write_text("".join(replies.read_text().splitlines(keepends=True)[::12]))
+    (place / "prompts" / "scenarios").mkdir()
+    for name, flaw, split in (("stock", "false_premise", "train"), ("kept", "missing_fact", "heldout")):
+        (place / "prompts" / "scenarios" / f"{name}.j2").write_text(tiny_text(name, flaw, split))
+    shutil.copytree(toy, place / "model")
+    config = {
+        "rounds": ROUNDS,
+        "model": str(place / "model"),
+        "engine": {"dtype": "float32"},
+        "judge": {"signals": ["contrast"], "self_test_replies": 16},
+        "generate": {
+            "pairs": PAIRS, "concurrency": 2, "dreamer": "slots", "general_share": 0, "worked_examples": 0, "samples": 1
+        },
+        "train": {"batch_size": 4, "micro_batch_size": 2, "bf16": False, "flip_probability": 0.1},
+        "eval": {
+            "heldout_pairs": 4, "fresh_pairs": 1, "sampled_scenarios": 1, "pressed_scenarios": 1, "lookalikes": 2,
+            "steered_scenarios": 1, "retention_questions": 0, "neutral_texts": 0,
+        },
+    }  # fmt: skip
+    write_json(place / "config.json", config)
+    return place
+
+
+def kill(pid: int) -> bool:
+    """kill -9; whether there was such a process."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
+
+
+def killed_life(server: Server, place: Path, whom: str, delay: float) -> int:
+    """A life in which somebody is killed `delay` seconds after it, or he, began; its exit code."""
+    note = place / f"{whom}.pid"
+    note.unlink(missing_ok=True)
+    driver = server.start(place)
+    if whom == "trainer":
+        wait_for(note, driver)
+    time.sleep(delay)
+    pid = driver if whom == "driver" else int(note.read_text() or 0) if note.exists() else 0
+    if pid and running(pid):
+        kill(pid)
+    return server.ended()
+
+
+def wait_for(note: Path, driver: int) -> None:
+    """Returns when the file has something in it, or the driver is gone."""
+    while running(driver) and not (note.exists() and note.read_text()):
+        time.sleep(0.005)
+
+
+def running(pid: int) -> bool:
+    """Whether there is such a process, and it is not only waiting to be noticed as dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def check(place: Path) -> None:
+    """The run is as one that nobody disturbed."""
+    run = place / "run"
+    results = finished_rounds(run)
+    assert [(result.round, result.parent, result.accepted) for result in results] == [(1, 0, PAIRS), (2, 1, PAIRS)]
+    assert [result.decision.decision for result in results] == ["promote"] * ROUNDS
+    policy = read_policy(run)
+    assert (policy.round, policy.as_of) == (ROUNDS, ROUNDS)
+    rows = [row for number in (1, 2) for row in read_log(run / f"round_0{number}" / "pairs.jsonl", PreferencePair)]
+    assert Counter(Counter((row.pair_id, row.side) for row in rows).values()) == {1: 2 * PAIRS * ROUNDS}
+    assert len(list(contrast_pairs(rows))) == PAIRS * ROUNDS
+    draws = {(row.meta["template"], row.meta["seed"]) for row in rows}
+    assert len(draws) == PAIRS * ROUNDS
+    for number in (1, 2):
+        check_round(run / f"round_0{number}", "run/round_01/train/adapter" if number == 2 else None)
+
+
+def check_round(folder: Path, adapter: str | None) -> None:
+    """A round's training is whole, began from the parent's adapter and took every row of the round once."""
+    assert {path.name for path in folder.glob("*.tmp")} | {path.name for path in folder.glob(".*")} == set()
+    trained = {path.name for path in (folder / "train").iterdir()}
+    assert trained == {"adapter", "weights", "ledger.json", "probes.json"}
+    spec = StepSpec.model_validate(read_json(folder / "train.spec.json"))
+    assert spec.adapter == adapter
+    ids = {row.pair_id for row in read_log(folder / "pairs.jsonl", PreferencePair)}
+    used = Counter(row.pair_id for row in read_log(folder / "rows.jsonl", PreferencePair))
+    assert {pair_id: used[pair_id] for pair_id in ids} == dict.fromkeys(ids, 2)
+    ledger = read_json(folder / "train" / "ledger.json")
+    assert ledger["rows"] == used.total()
+    assert ledger["steps"] == ledger["planned_steps"] or ledger["ended_early"]
+
+
+def killed_runs(server: Server, place: Path, toy: Path, seed: int, kills: int) -> Counter[str]:
+    """Runs that are each killed until they end; how many kills hit whom."""
+    rng = random.Random(seed)
+    began = time.monotonic()
+    server.start(workplace(place / "undisturbed", toy))
+    assert server.ended() == 0, (place / "undisturbed" / "driver.log").read_text()
+    whole = time.monotonic() - began
+    check(place / "undisturbed")
+    hits: Counter[str] = Counter()
+    while hits.total() < kills:
+        here = workplace(place / f"run_{hits.total()}", toy)
+        code = 1
+        while code and hits.total() < kills:
+            whom = rng.choices(list(WORKED_ON), list(WORKED_ON.values()))[0]
+            delay = rng.uniform(0, whole / ROUNDS / 2 if whom == "trainer" else whole)
+            code = killed_life(server, here, whom, delay)
+            # 1 is the driver's word that it lost its trainer or engine; a refusal of the command would be 2.
+            assert code in (0, -signal.SIGKILL if whom == "driver" else 1), (here / "driver.log").read_text()
+            hits[whom] += code != 0
+        if code:
+            server.start(here)
+            assert server.ended() == 0, (here / "driver.log").read_text()
+        check(here)
+        server.start(here)  # a finished run is left as it is
+        assert server.ended() == 0, (here / "driver.log").read_text()
+        check(here)
+    return hits
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_kills_at_random_moments(tmp_path: Path, toy_model: Path) -> None:
+    """After every kill the same command goes on, and in the end the run is as one that nobody disturbed."""
+    with servers(SERVERS, tmp_path / "servers.log") as ours, ThreadPoolExecutor(SERVERS) as threads:
+        parts = [
+            threads.submit(killed_runs, server, tmp_path / f"part_{number}", toy_model, number, KILLS // SERVERS)
+            for number, server in enumerate(ours)
+        ]
+        hits = sum((part.result() for part in parts), Counter[str]())
+    assert hits.total() == KILLS
+    assert set(hits) == set(WORKED_ON)

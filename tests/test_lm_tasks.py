@@ -1,0 +1,56 @@
+"""train/lm_tasks.py: the `lm-eval` package, played by a module that writes results as it does."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dream.errors import ConfigError, TrainingError
+from train.lm_tasks import TaskScore, check_installed, lm_scores
+
+FAKE = """
+    import json, pathlib, sys
+    options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    if "missing" in options["--tasks"]:
+        sys.exit("Tasks were not found: missing")
+    assert options["--model_args"] == "pretrained=weights"
+    tasks = options["--tasks"].split(",")
+    results = {task: {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": task} for task in tasks}
+    results["odd"] = {"bleu,none": 3.0}
+    out = pathlib.Path(options["--output_path"]) / "weights"
+    out.mkdir(parents=True)
+    (out / "results_2026-01-01T00-00-00.json").write_text(json.dumps({"results": results}))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a package `lm_eval` importable, here and in child processes."""
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").write_text("")
+    (tmp_path / "lm_eval" / "__main__.py").write_text(textwrap.dedent(FAKE))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("fake")
+def test_scores_are_read_from_the_results(tmp_path: Path) -> None:
+    """Accuracy with its standard error, a task each."""
+    assert lm_scores(["arc_easy", "piqa"], "weights") == {
+        task: TaskScore(value=0.5, stderr=0.01) for task in ("arc_easy", "piqa")
+    }
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(("task", "words"), [("missing", "Tasks were not found: missing"), ("odd", "bleu,none")])
+def test_task_that_fails_is_an_error(task: str, words: str) -> None:
+    """A task that is not there, or whose score is not known, never counts as measured."""
+    with pytest.raises(TrainingError, match=words):
+        lm_scores([task], "weights")
+
+
+def test_package_that_is_missing_is_named() -> None:
+    """Asked for without the package: an error with the way out; nothing asked for: nothing needed."""
+    with pytest.raises(ConfigError, match="pip install lm-eval"):
+        check_installed(["arc_easy"])
+    assert lm_scores([], "weights") == {}

@@ -1,0 +1,68 @@
+"""Tasks of the `lm-eval` package (https://github.com/EleutherAI/lm-evaluation-harness), where it is installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dream.errors import ConfigError, TrainingError
+from dream.records import Record
+
+METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none", "f1,none")
+"""The first of these that a task reports is its score."""
+
+
+class TaskScore(Record):
+    """A task's score and its standard error."""
+
+    value: float
+    stderr: float
+
+
+def check_installed(tasks: Sequence[str]) -> None:
+    """Refuses tasks before any work when the package is not there.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "eval.lm_eval_tasks: the package lm-eval is not installed; pip install lm-eval, or leave the list empty"
+        )
+
+
+def lm_scores(tasks: Sequence[str], weights: str) -> dict[str, TaskScore]:
+    """Scores of a model folder on the named tasks, in a process of its own; nothing for no tasks.
+
+    Raises:
+        ConfigError: the package is not installed.
+        TrainingError: a task failed, its data are not present, or it reports no score that is known.
+    """
+    check_installed(tasks)
+    if not tasks:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={weights}",
+            "--tasks", ",".join(tasks), "--output_path", folder,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        results = sorted(Path(folder).rglob("results*.json"))
+        if done.returncode or not results:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise TrainingError(f"eval.lm_eval_tasks: lm-eval failed: {said[-1] if said else 'nothing was said'}")
+        found = json.loads(results[-1].read_text(encoding="utf-8"))["results"]
+    return {task: _score(task, found.get(task, {})) for task in tasks}
+
+
+def _score(task: str, figures: dict[str, float]) -> TaskScore:
+    for metric in METRICS:
+        if metric in figures:
+            name, kind = metric.split(",")
+            return TaskScore(value=figures[metric], stderr=float(figures.get(f"{name}_stderr,{kind}", 0.0)))
+    raise TrainingError(
+        f"eval.lm_eval_tasks: {task} reports none of {', '.join(METRICS)}; it has {', '.join(figures) or 'nothing'}"
+    )
