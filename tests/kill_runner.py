@@ -1,4 +1,4 @@
-"""A whole `dream train` as a process that can be killed: scripted engine in a process of its own, toy model, real steps.
+"""A whole `dream train` as a process that can be killed: scripted engine in its own process, toy model, real steps.
 
     python tests/kill_runner.py PLACE    one life: the command in this process, its trainer as the product starts it
     python tests/kill_runner.py          serves lives: a line with a PLACE in, `{"pid"}` and then `{"code"}` out
@@ -9,6 +9,7 @@ is as in the command. PLACE holds `prompts/`, `model/`, `config.json`; the run i
 """
 
 import asyncio
+import importlib
 import json
 import os
 import sys
@@ -169,10 +170,8 @@ def life(place: Path, forked: bool) -> int:
 
 def serve() -> None:
     """Forks a life for each line of stdin."""
-    import dream.audit
-    import dream.judge.combined
-    import train.rounds
-    import train.step  # noqa: F401
+    for name in ("dream.audit", "dream.judge.combined", "train.rounds", "train.step"):  # slow, and needed by all lives
+        importlib.import_module(name)
 
     def work(place: Path) -> int:
         redirect(place / "driver.log")

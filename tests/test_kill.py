@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from train.rounds import finished_rounds, read_policy
 
 RUNNER = Path(__file__).parent / "kill_runner.py"
 PROMPTS = Path(__file__).parent.parent / "prompts"
-PAIRS, ROUNDS = 2, 2
+PAIRS, ROUNDS = 3, 2
 KILLS = 32
 SERVERS = 2
 """Processes that serve lives side by side."""
@@ -59,14 +60,14 @@ class Server:
 
 
 @contextmanager
-def servers(count: int, log: Path) -> Iterator[list[Server]]:
+def servers(number: int, log: Path) -> Iterator[list[Server]]:
     """Some of them, ended with the block."""
     with log.open("w") as errors:
         processes = [
             subprocess.Popen(
                 [sys.executable, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
-            for _ in range(count)
+            for _ in range(number)
         ]
         try:
             yield [Server(process) for process in processes]
@@ -75,7 +76,7 @@ def servers(count: int, log: Path) -> Iterator[list[Server]]:
                 process.communicate(timeout=60)
 
 
-def workplace(place: Path, toy: Path) -> Path:
+def workplace(place: Path, toy: Path, rounds: int = ROUNDS) -> Path:
     """A directory to run the command in: two tiny templates, a part of the gold set, the toy model."""
     shutil.copytree(PROMPTS, place / "prompts", ignore=shutil.ignore_patterns("scenarios"))
     replies = place / "prompts" / "gold" / "replies.jsonl"
@@ -85,7 +86,7 @@ def workplace(place: Path, toy: Path) -> Path:
         (place / "prompts" / "scenarios" / f"{name}.j2").write_text(tiny_text(name, flaw, split))
     shutil.copytree(toy, place / "model")
     config = {
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "model": str(place / "model"),
         "engine": {"dtype": "float32"},
         "judge": {"signals": ["contrast"], "self_test_replies": 16},
@@ -138,21 +139,22 @@ def running(pid: int) -> bool:
         return False
 
 
-def check(place: Path) -> None:
+def check(place: Path, rounds: int = ROUNDS) -> None:
     """The run is as one that nobody disturbed."""
-    run = place / "run"
+    run, numbers = place / "run", range(1, rounds + 1)
     results = finished_rounds(run)
-    assert [(result.round, result.parent, result.accepted) for result in results] == [(1, 0, PAIRS), (2, 1, PAIRS)]
-    assert [result.decision.decision for result in results] == ["promote"] * ROUNDS
+    assert [(result.round, result.parent, result.accepted) for result in results] == [
+        (n, n - 1, PAIRS) for n in numbers
+    ]
+    assert [result.decision.decision for result in results] == ["promote"] * rounds
     policy = read_policy(run)
-    assert (policy.round, policy.as_of) == (ROUNDS, ROUNDS)
-    rows = [row for number in (1, 2) for row in read_log(run / f"round_0{number}" / "pairs.jsonl", PreferencePair)]
-    assert Counter(Counter((row.pair_id, row.side) for row in rows).values()) == {1: 2 * PAIRS * ROUNDS}
-    assert len(list(contrast_pairs(rows))) == PAIRS * ROUNDS
-    draws = {(row.meta["template"], row.meta["seed"]) for row in rows}
-    assert len(draws) == PAIRS * ROUNDS
-    for number in (1, 2):
-        check_round(run / f"round_0{number}", "run/round_01/train/adapter" if number == 2 else None)
+    assert (policy.round, policy.as_of) == (rounds, rounds)
+    rows = [row for n in numbers for row in read_log(run / f"round_{n:02d}" / "pairs.jsonl", PreferencePair)]
+    assert len({(row.pair_id, row.side) for row in rows}) == len(rows) == 2 * PAIRS * rounds
+    assert len(list(contrast_pairs(rows))) == PAIRS * rounds
+    assert len({(row.meta["template"], row.meta["seed"]) for row in rows}) == PAIRS * rounds
+    for n in numbers:
+        check_round(run / f"round_{n:02d}", f"run/round_{n - 1:02d}/train/adapter" if n > 1 else None)
 
 
 def check_round(folder: Path, adapter: str | None) -> None:
@@ -179,8 +181,10 @@ def killed_runs(server: Server, place: Path, toy: Path, seed: int, kills: int) -
     whole = time.monotonic() - began
     check(place / "undisturbed")
     hits: Counter[str] = Counter()
-    while hits.total() < kills:
-        here = workplace(place / f"run_{hits.total()}", toy)
+    for number in count():
+        if hits.total() == kills:
+            break
+        here = workplace(place / f"run_{number}", toy)
         code = 1
         while code and hits.total() < kills:
             whom = rng.choices(list(WORKED_ON), list(WORKED_ON.values()))[0]
@@ -210,3 +214,33 @@ def test_kills_at_random_moments(tmp_path: Path, toy_model: Path) -> None:
         hits = sum((part.result() for part in parts), Counter[str]())
     assert hits.total() == KILLS
     assert set(hits) == set(WORKED_ON)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_trainer_ends_with_its_driver(tmp_path: Path, toy_model: Path) -> None:
+    """A driver that is killed takes its training child along, so that the child of the same command has no rival."""
+    place = workplace(tmp_path / "place", toy_model, rounds=1)
+    command = [sys.executable, str(RUNNER), str(place)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as driver:
+        spec = "round_01/train.spec.json"
+        while driver.poll() is None and not trainers(driver.pid, spec):
+            time.sleep(0.01)
+        (child,) = trainers(driver.pid, spec)
+        time.sleep(0.5)  # within its imports
+        driver.kill()
+    time.sleep(0.5)
+    assert not running(child)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check(place, rounds=1)
+
+
+def trainers(parent: int, spec: str) -> list[int]:
+    """Child processes that were started on a specification file."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_child = (path / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
+            if is_child and (path / "cmdline").read_bytes().rstrip(b"\0").endswith(spec.encode()):
+                found.append(int(path.name))
+    return found

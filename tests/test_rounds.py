@@ -290,6 +290,33 @@ def test_learning_rate_recovers_after_a_promotion(world: World) -> None:
     assert [spec.train.learning_rate for spec in world.specs] == [RATE, RATE / 2, RATE / 4, RATE]
 
 
+def test_inconclusive_round_costs_no_trust_and_its_pairs_train_again(world: World) -> None:
+    """A candidate of which chance explains everything is not served and not counted; its pairs join the next round's
+    until a round is decided."""
+    world.skills = [skill_of(None), skill_of(None), 1.0, 2.0]
+    results = world.go(rounds=4, gate={"max_rejections": 1}, train={"learning_rate": RATE, "replay_share": 0})
+    assert [result.decision.word for result in results] == ["inconclusive", "inconclusive", "promoted", "promoted"]
+    assert [spec.train.learning_rate for spec in world.specs] == [RATE] * 4
+    rows = [list(read_log(Path(spec.rows), PreferencePair)) for spec in world.specs]
+    assert [len(some) for some in rows] == [2 * PAIRS, 4 * PAIRS, 6 * PAIRS, 2 * PAIRS]
+    assert {row.pair_id for row in rows[0]} < {row.pair_id for row in rows[1]} < {row.pair_id for row in rows[2]}
+
+
+def test_evaluation_of_another_version_is_refused(world: World) -> None:
+    """An eval.json that cannot be read is named, with what to do."""
+    world.go(rounds=1)
+    write_json(world.run / "round_01" / "eval.json", {"heldout": {}})
+    with pytest.raises(RunError, match="round_01/eval.json: not an evaluation of this version; remove it"):
+        world.go(rounds=2)
+
+
+def test_ledger_is_told_the_length_of_replies(world: World) -> None:
+    """Training itself samples nothing; the evaluation's mean lengths are added afterwards."""
+    world.go(rounds=1)
+    lengths = read_json(world.run / "round_01" / "train" / "ledger.json")["reply_tokens"]
+    assert lengths["before"] > 0 < lengths["after"]
+
+
 @pytest.mark.parametrize("allowed", [1, 2])
 def test_loop_ends_after_max_rejections(world: World, allowed: int) -> None:
     """After `max_rejections` rejected rounds in a row the loop ends, and running it again does not go on."""

@@ -1,0 +1,110 @@
+"""kill -9 to the driver, the trainer and the engine of the real `dream train`, and the same command again. Minutes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.model
+
+SMALL = {
+    "generate.pairs": 2, "generate.steering": "note", "generate.samples": 1, "generate.max_tokens": 32,
+    "judge.self_test_replies": 32, "engine.max_model_len": 1024, "engine.cpu_kv_cache_gib": 1,
+    "eval.heldout_pairs": 4, "eval.fresh_pairs": 2, "eval.sampled_scenarios": 2, "eval.pressed_scenarios": 2,
+    "eval.lookalikes": 2, "eval.steered_scenarios": 2, "eval.retention_questions": 4, "eval.neutral_texts": 2,
+    "train.learning_rate": 2e-4,
+}  # fmt: skip
+DEADLINE_S = 900
+
+
+def dreamed(run: Path) -> bool:
+    """Whether the round's dreaming is under way."""
+    return (run / "round_01" / "replies.jsonl").exists()
+
+
+def training(run: Path) -> bool:
+    """Whether the training child writes its folder."""
+    return (run / "round_01" / ".train.tmp").exists()
+
+
+def driver(process: psutil.Process) -> list[psutil.Process]:
+    """The command itself."""
+    return [process]
+
+
+def trainer(process: psutil.Process) -> list[psutil.Process]:
+    """The training child, by its command line."""
+    return [child for child in process.children() if "train.step" in child.cmdline()]
+
+
+def engine(process: psutil.Process) -> list[psutil.Process]:
+    """vLLM's engine and the Ray actor around it, which name themselves so."""
+    names = ("VLLM::", "ray::_EngineActor")
+    return [child for child in process.children(recursive=True) if "".join(child.cmdline()).startswith(names)]
+
+
+@pytest.mark.parametrize(
+    ("begun", "whom", "goes_on"),
+    [
+        pytest.param(training, driver, False, id="driver while it trains"),
+        pytest.param(training, trainer, False, id="trainer"),
+        pytest.param(dreamed, engine, True, id="engine while it dreams"),
+    ],
+)
+def test_killed_command_given_again(
+    tmp_path: Path,
+    begun: Callable[[Path], bool],
+    whom: Callable[[psutil.Process], list[psutil.Process]],
+    goes_on: bool,
+) -> None:
+    """A lost engine is started again within the command, any other loss ends it; the next time it ends as it should."""
+    run = tmp_path / "run"
+    sets = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-P", "-m", "dream.cli", "train", "--rounds", "1", "--out", str(run), *sets]
+    with (tmp_path / "first.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as first:
+        wait_until(lambda: begun(run) or first.poll() is not None)
+        started = psutil.Process(first.pid).children(recursive=True)
+        targets = whom(psutil.Process(first.pid))
+        assert targets, (tmp_path / "first.log").read_text()
+        for process in targets:
+            os.kill(process.pid, signal.SIGKILL)
+        code = first.wait(DEADLINE_S)
+    assert code == (0 if goes_on else -signal.SIGKILL if whom is driver else 1), (tmp_path / "first.log").read_text()
+    _, left = psutil.wait_procs(started, timeout=60)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(run)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Looks a hundred times a second."""
+    end = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def check(run: Path) -> None:
+    """One round of two whole pairs, one decision, and a policy that follows from it."""
+    assert [path.parent.name for path in run.glob("round_*/gate.json")] == ["round_01"]
+    folder = run / "round_01"
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    sides = {(row["pair_id"], row["side"]) for row in rows}
+    assert len(sides) == len(rows) == 4
+    assert len({pair_id for pair_id, _ in sides}) == 2
+    ledger = json.loads((folder / "train" / "ledger.json").read_text())
+    assert ledger["steps"] == ledger["planned_steps"] or ledger["ended_early"]
+    assert not (folder / ".train.tmp").exists()
+    served = json.loads((folder / "served.json").read_text())
+    assert served["largest_change"] > 20 * served["apart"]
+    promoted = json.loads((folder / "gate.json").read_text())["decision"]["decision"] == "promote"
+    policy = json.loads((run / "policy.json").read_text())
+    assert (policy["round"], policy["as_of"]) == (int(promoted), 1)
