@@ -258,6 +258,8 @@ class TrainConfig(Section):
     "Tokens of prompt and reply together."
     replay_share: float = Field(0.25, ge=0, lt=1)
     "Contrast pairs of earlier promoted rounds, as a share of this round's own."
+    sides: Literal["both", "clear", "flawed"] = "both"
+    "Rows of one side only, to see the drift that pairs prevent; `flawed` leaves general rows out as well."
     bf16: bool | Literal["auto"] = "auto"
     "Matrix products in bfloat16 (masters stay float32). `auto`: where this machine is fast at it."
 

@@ -101,6 +101,15 @@ def test_exact_share_is_reached(arrange) -> None:
     assert len(arrange(12, 99, 0, batch_size=4, general_share=0.25, replay_share=0, seed=1)) == 32
 
 
+@given(setup=rounds())
+def test_one_side_alone(arrange, setup: dict) -> None:
+    """`sides` keeps exactly the rows of that side, in their order; general rows have a clear direction."""
+    both, clear, flawed = (arrange(**setup, sides=sides) for sides in ("both", "clear", "flawed"))
+    assert clear == [row for row in both if row.side == "clear"]
+    assert flawed == [row for row in both if row.side == "flawed"]
+    assert not any(row.pair_id.startswith("general") for row in flawed)
+
+
 def test_odd_batch_is_refused(arrange) -> None:
     """An odd batch size, which would tear a pair apart, is refused with the next even one."""
     with pytest.raises(ConfigError, match="use 8"):

@@ -197,9 +197,6 @@ def killed_runs(server: Server, place: Path, toy: Path, seed: int, kills: int) -
             server.start(here)
             assert server.ended() == 0, (here / "driver.log").read_text()
         check(here)
-        server.start(here)  # a finished run is left as it is
-        assert server.ended() == 0, (here / "driver.log").read_text()
-        check(here)
     return hits
 
 

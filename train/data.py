@@ -5,7 +5,7 @@ Not covered: images and tools in prompts.
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -70,13 +70,15 @@ def round_rows(
     general_share: float,
     replay_share: float,
     seed: int,
+    sides: Literal["both", "clear", "flawed"] = "both",
 ) -> list[PreferencePair]:
     """The rows of one round in training order; every `batch_size` consecutive rows are one optimiser step.
 
     All own pairs, `replay_share` times as many replayed ones, and general rows up to `general_share` of all rows (an
     even number of them). Both rows of a contrast pair stand in the same step, so every step holds as many flawed as
     contrasting clear directions and the unconditional part of the gradient cancels within it. General rows are spread
-    evenly. The last step may be short. The same seed gives the same rows.
+    evenly. The last step may be short. The same seed gives the same rows. `sides` leaves out the rows of one side (a
+    general row has a clear direction), which is what pairs are there to prevent.
 
     Raises:
         ConfigError: an odd `batch_size` cannot hold both sides of every scenario.
@@ -94,7 +96,7 @@ def round_rows(
     plain = rng.sample(general, min(len(general), wanted) // 2 * 2)
     twos: list[Pair] = [(pair.clear, pair.flawed) for pair in contrast]
     others: list[Pair] = list(zip(plain[::2], plain[1::2], strict=True))
-    return [row for two in _spread(others, twos) for row in two]
+    return [row for two in _spread(others, twos) for row in two if sides in ("both", row.side)]
 
 
 def _spread(few: list[Pair], many: list[Pair]) -> list[Pair]:

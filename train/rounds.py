@@ -197,7 +197,7 @@ def train_candidate(
         rows = round_rows(
             pairs + undecided_pairs(loop.run), general, promoted_pairs(loop.run),
             batch_size=config.batch_size, general_share=loop.config.generate.general_share,
-            replay_share=config.replay_share, seed=loop.config.seed * 1000 + number,
+            replay_share=config.replay_share, seed=loop.config.seed * 1000 + number, sides=config.sides,
         )  # fmt: skip
         (folder / "rows.jsonl").unlink(missing_ok=True)
         log = Log(folder / "rows.jsonl")
