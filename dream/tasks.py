@@ -144,11 +144,13 @@ def train(
     own_train_package()
     from dream.embed import minilm
     from dream.inputs import read_contrast_pairs
+    from train.lm_tasks import check_installed
     from train.rounds import Loop, check_data, run_rounds
 
     loaded = templates.load_all()
     pairs = [pair for path in data for pair in read_contrast_pairs(path)]
     check_data(pairs, config.rounds)
+    check_installed(config.eval.lm_eval_tasks)
     prompts.check_all()
     model = models.resolve(config.model)
     path = out or store.new_run_path("train")

@@ -17,6 +17,7 @@ FAKE = """
     tasks = options["--tasks"].split(",")
     results = {task: {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": task} for task in tasks}
     results["odd"] = {"bleu,none": 3.0}
+    results["unsure"] = {"acc,none": 0.5, "acc_stderr,none": "N/A"}
     out = pathlib.Path(options["--output_path"]) / "weights"
     out.mkdir(parents=True)
     (out / "results_2026-01-01T00-00-00.json").write_text(json.dumps({"results": results}))
@@ -42,9 +43,16 @@ def test_scores_are_read_from_the_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize(("task", "words"), [("missing", "Tasks were not found: missing"), ("odd", "bleu,none")])
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("missing", "Tasks were not found: missing"),
+        ("odd", "odd reports none of .*bleu,none"),
+        ("unsure", "unsure reports no standard error of acc"),
+    ],
+)
 def test_task_that_fails_is_an_error(task: str, words: str) -> None:
-    """A task that is not there, or whose score is not known, never counts as measured."""
+    """A task that is not there, or whose score or its error is not known, never counts as measured."""
     with pytest.raises(TrainingError, match=words):
         lm_scores([task], "weights")
 

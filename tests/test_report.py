@@ -258,7 +258,8 @@ def test_all_files_of_a_run_are_in_its_report(dreamed, run_folder: Path, make_pa
     assert report["rounds"][1]["gate"]["decision"] == "roll_back"
     assert report["rounds"][1]["eval"]["retention"] == 0.5
     assert "items" not in report["rounds"][1]["eval"]["heldout"]
-    shown = ("AUC 0.97", "8 rows in 1 step", decision.word.capitalize(), "over the bound", "'sorry <b>' points to rejected",
+    shown = ("AUC 0.97", "8 rows in 1 step", decision.word.capitalize(), "over the bound", "steered replies",
+             "'sorry <b>' points to rejected",
              "not measured: 3 templates are needed", "50 % of chosen, 40 % of rejected", "100 %", "75 %",
              "length_ratio", "Vendi", "clear direction of r1-000001", decision.reason)  # fmt: skip
     assert [text for text in shown if text not in page] == []

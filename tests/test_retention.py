@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from dream.config import EvalConfig
 from dream.engine import ScriptedEngine
+from dream.errors import DataError
 from dream.records import Message
 from train.retention import Retention, questions, retention, stated
 
@@ -78,13 +80,17 @@ SIZES = EvalConfig(retention_questions=9, neutral_texts=4)
 
 def answers(off: int = 0, knows: bool = True) -> ScriptedEngine:
     """An engine that adds with an error, says little else, and likes right or wrong facts and dull texts better."""
-    right = {json.loads(line)["right"] for line in FACTS.read_text().splitlines()}
+    facts = map(json.loads, FACTS.read_text().splitlines())
+    right = {fact["question"]: fact["right"] for fact in facts}
 
     def write(messages: Sequence[Message], number: int) -> str:
         asked = messages[-1]["content"]
         return f"It is {solved(asked) + off}." if TASK.search(asked) else "yes"
 
-    return ScriptedEngine(write, lambda messages, reply: -1.0 if (reply in right) == knows else -2.0)
+    def score(messages: Sequence[Message], reply: str) -> float:
+        return -1.0 if (right.get(messages[-1]["content"]) == reply) == knows else -2.0
+
+    return ScriptedEngine(write, score)
 
 
 @pytest.mark.parametrize(("off", "knows", "share"), [(0, True, 1.0), (1, False, 0.0)])
@@ -93,6 +99,32 @@ def test_right_answers_count_one_each(run: Callable, off: int, knows: bool, shar
     found = run(retention(answers(off, knows), SIZES, seed=3))
     assert found.arithmetic == [share] * 9
     assert found.facts == [share] * 9
+
+
+def test_long_answers_lose_nothing_by_length(run: Callable) -> None:
+    """Every fact is known to an engine that knows them, answers of several words too; there are no more than 64."""
+    found = run(retention(answers(), EvalConfig(retention_questions=100, neutral_texts=0), seed=3))
+    assert found.facts == [1.0] * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "key"),
+    [
+        ("facts", {"question": "Who?", "right": "", "wrong": ["I"]}, "right"),
+        ("facts", {"question": "Who?", "right": "I", "wrong": []}, "wrong"),
+        ("neutral", {"title": "Tea"}, "text"),
+    ],
+)
+def test_broken_row_is_named(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, row: dict, key: str
+) -> None:
+    """A person's own file is read from the working directory, and its bad row is named by file, line and key."""
+    shutil.copytree(FACTS.parent, tmp_path / "prompts" / "retention")
+    path = tmp_path / "prompts" / "retention" / f"{name}.jsonl"
+    path.write_text("\n" + json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=re.escape(f"{path}:2: {key}")):
+        run(retention(answers(), SIZES, seed=3))
 
 
 def test_format_and_neutral_texts_are_measured(run: Callable) -> None:

@@ -306,7 +306,7 @@ def test_evaluation_of_another_version_is_refused(world: World) -> None:
     """An eval.json that cannot be read is named, with what to do."""
     world.go(rounds=1)
     write_json(world.run / "round_01" / "eval.json", {"heldout": {}})
-    with pytest.raises(RunError, match="round_01/eval.json: not an evaluation of this version; remove it"):
+    with pytest.raises(RunError, match=r"round_01/eval\.json: not an evaluation of this version; remove it"):
         world.go(rounds=2)
 
 

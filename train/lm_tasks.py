@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dream.errors import ConfigError, TrainingError
 from dream.records import Record
@@ -39,7 +40,7 @@ def lm_scores(tasks: Sequence[str], weights: str) -> dict[str, TaskScore]:
 
     Raises:
         ConfigError: the package is not installed.
-        TrainingError: a task failed, its data are not present, or it reports no score that is known.
+        TrainingError: a task failed, its data are not present, or it reports no known score with a standard error.
     """
     check_installed(tasks)
     if not tasks:
@@ -58,11 +59,17 @@ def lm_scores(tasks: Sequence[str], weights: str) -> dict[str, TaskScore]:
     return {task: _score(task, found.get(task, {})) for task in tasks}
 
 
-def _score(task: str, figures: dict[str, float]) -> TaskScore:
+def _score(task: str, figures: dict[str, Any]) -> TaskScore:
     for metric in METRICS:
         if metric in figures:
             name, kind = metric.split(",")
-            return TaskScore(value=figures[metric], stderr=float(figures.get(f"{name}_stderr,{kind}", 0.0)))
+            stderr = figures.get(f"{name}_stderr,{kind}")
+            if not isinstance(stderr, (int, float)):  # lm-eval writes "N/A"; 0.0 in its place would be certainty
+                raise TrainingError(
+                    f"eval.lm_eval_tasks: {task} reports no standard error of {name}, without which a fall cannot be "
+                    "told from chance; name other tasks, or those that a group is made of"
+                )
+            return TaskScore(value=figures[metric], stderr=stderr)
     raise TrainingError(
         f"eval.lm_eval_tasks: {task} reports none of {', '.join(METRICS)}; it has {', '.join(figures) or 'nothing'}"
     )

@@ -9,6 +9,9 @@ import asyncio
 import math
 import random
 import re
+from typing import Annotated
+
+from pydantic import Field
 
 from dream import prompts
 from dream.config import EvalConfig
@@ -18,6 +21,9 @@ from dream.paths import data_folder
 from dream.records import Record, user
 from train.instructions import instructions
 from train.lm_tasks import TaskScore
+
+Text = Annotated[str, Field(min_length=1)]
+"""Not empty: nothing has no log-probability, and would be likelier than any answer."""
 
 
 class Retention(Record):
@@ -39,20 +45,20 @@ class Retention(Record):
 class Fact(Record):
     """A row of prompts/retention/facts.jsonl."""
 
-    question: str
-    right: str
-    wrong: list[str]
+    question: Text
+    right: Text
+    wrong: list[Text] = Field(min_length=1)
 
 
 class Neutral(Record):
     """A row of prompts/retention/neutral.jsonl."""
 
-    title: str
-    text: str
+    title: Text
+    text: Text
 
 
 async def retention(engine: Engine, sizes: EvalConfig, seed: int) -> Retention:
-    """Asks the served policy; `sizes.retention_questions` of each kind.
+    """Asks the served policy; `sizes.retention_questions` of each kind, or as many facts as the file has.
 
     Raises:
         DataError: a data file in prompts/retention is missing or broken.
