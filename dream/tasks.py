@@ -104,7 +104,7 @@ def generate(
     from dream.embed import minilm
     from dream.generate import RoundDreamer
 
-    loaded = templates.load_all()
+    loaded = templates.selected(templates.load_all(), config.generate.templates)
     prompts.check_all()
     model = models.resolve(config.model)
     path = out or store.new_run_path("generate")
@@ -147,7 +147,7 @@ def train(
     from train.lm_tasks import check_installed
     from train.rounds import Loop, check_data, run_rounds
 
-    loaded = templates.load_all()
+    loaded = templates.selected(templates.load_all(), config.generate.templates)
     pairs = [pair for path in data for pair in read_contrast_pairs(path)]
     check_data(pairs, config.rounds)
     check_installed(config.eval.lm_eval_tasks)
@@ -243,7 +243,8 @@ def undo(config: Config, run: Path, terminal: Terminal) -> "UndoResult":
     own_train_package()
     from train.undo import UndoResult, prepare
 
-    spec = prepare(run, config, templates.load_all(), models.resolve(config.model))
+    loaded = templates.selected(templates.load_all(), config.generate.templates)
+    spec = prepare(run, config, loaded, models.resolve(config.model))
     folder = Path(spec.out).parent
     terminal.stage("measuring the disposition, then training on opposite examples")
     train_in_child(spec, folder, terminal.undoing, "train.undo")

@@ -9,18 +9,19 @@ docs/TEMPLATES.md is the page for template writers.
 import difflib
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 from jinja2 import nodes
 
 from dream import template_checks
-from dream.errors import TemplateError
+from dream.errors import ConfigError, TemplateError
 from dream.paths import data_folder
 from dream.template import ENVIRONMENT, Template, mentioned
 from dream.template_head import read_head, syntax_problem
 
-__all__ = ["ENVIRONMENT", "Template", "examine", "find", "load", "load_all", "mentioned"]
+__all__ = ["ENVIRONMENT", "Template", "examine", "find", "load", "load_all", "mentioned", "selected"]
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 
@@ -73,6 +74,22 @@ def load_all(folder: Path | None = None) -> list[Template]:
     if not templates:
         raise TemplateError(f"{folder}: no *.j2 files; add one (docs/TEMPLATES.md)")
     return templates
+
+
+def selected(templates: Sequence[Template], names: Sequence[str]) -> list[Template]:
+    """Those templates that a run works with: of the contrast templates that are trained on only the named ones (all,
+    where none is named), and every held-out and general one.
+
+    Raises:
+        ConfigError: a name is not that of a contrast template that is trained on.
+    """
+    trained = [one.name for one in templates if one.front.split == "train" and not one.general]
+    for name in names:
+        if name not in trained:
+            nearest = difflib.get_close_matches(name, trained, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(trained)}"
+            raise ConfigError(f"generate.templates: no contrast template {name!r} with `split: train`; {hint}")
+    return [one for one in templates if not names or one.name in names or one.name not in trained]
 
 
 def find(name: str) -> Template:

@@ -19,7 +19,7 @@ from dream.records import SIDES
 from dream.scenarios import STANCES, draw, eval_pairs, plan
 from dream.template import FrontMatter
 from dream.template_audit import advice, direction_auc, refuse_leaks
-from dream.templates import Template, examine, load, load_all, mentioned
+from dream.templates import Template, examine, load, load_all, mentioned, selected
 
 SHIPPED = sorted((Path(__file__).parent.parent / "prompts" / "scenarios").glob("*.j2"))
 
@@ -549,3 +549,16 @@ def test_fault_in_one_branch_is_found(tmp_path: Path, template_text: Callable[..
     )
     with pytest.raises(TemplateError, match="block situation"):
         load(path)
+
+
+def test_run_works_with_the_named_templates(tiny_templates: list[Template]) -> None:
+    """Named ones alone are trained on; held-out and general ones stay, and no name means all."""
+    assert selected(tiny_templates, []) == tiny_templates
+    assert [one.name for one in selected(tiny_templates, ["memo"])] == ["memo", "kept", "plain"]
+
+
+@pytest.mark.parametrize(("name", "hint"), [("stok", "did you mean 'stock'"), ("kept", "there are"), ("zzz", "stock")])
+def test_name_of_no_trained_template_is_refused(tiny_templates: list[Template], name: str, hint: str) -> None:
+    """A typing error, a held-out template: the key and a way out."""
+    with pytest.raises(ConfigError, match=f"generate.templates: .*'{name}'.*{hint}"):
+        selected(tiny_templates, [name])
