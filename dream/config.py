@@ -65,8 +65,8 @@ class GenerateConfig(Section):
     general_share: float = Field(0.25, ge=0, lt=1)
     "General pairs as a share of all preference pairs of a round."
     templates: list[str] = []
-    """Names of the contrast templates to dream from; empty: all. A small model learns few kinds of flaw in the time that
-    it needs to notice many (docs/LOG.md)."""
+    """Names of the contrast templates to dream from; empty: all. A small model learns few kinds of flaw in the time
+    that it needs to notice many (docs/LOG.md)."""
     dreamer: Literal["slots", "background", "write"] = "background"
     """`slots`: templates alone. `background`: the dreamer adds a sentence on who asks and why. `write`: the dreamer
     words both directions itself (needs a stronger model)."""

@@ -33,7 +33,8 @@ PAIRS, ROUNDS = 3, 2
 KILLS = 32
 SERVERS = 2
 """Processes that serve lives side by side."""
-WORKED_ON = {"driver": 5, "trainer": 3, "engine": 2}
+KILLS_A_RUN = 4
+VICTIMS = {"driver": 5, "trainer": 3, "engine": 2}
 """Who is killed, and how often of ten times."""
 
 
@@ -103,32 +104,23 @@ def workplace(place: Path, toy: Path, rounds: int = ROUNDS) -> Path:
     return place
 
 
-def kill(pid: int) -> bool:
-    """kill -9; whether there was such a process."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-        return True
-    return False
-
-
-def killed_life(server: Server, place: Path, whom: str, delay: float) -> int:
-    """A life in which somebody is killed `delay` seconds after it, or he, began; its exit code."""
+def killed_life(server: Server, place: Path, whom: str, delay: float) -> bool:
+    """A life in which somebody is killed `delay` seconds after it, or he, began; whether that ended it."""
     note = place / f"{whom}.pid"
     note.unlink(missing_ok=True)
     driver = server.start(place)
-    if whom == "trainer":
-        wait_for(note, driver)
-    time.sleep(delay)
-    pid = driver if whom == "driver" else int(note.read_text() or 0) if note.exists() else 0
-    if pid and running(pid):
-        kill(pid)
-    return server.ended()
-
-
-def wait_for(note: Path, driver: int) -> None:
-    """Returns when the file has something in it, or the driver is gone."""
-    while running(driver) and not (note.exists() and note.read_text()):
+    while whom != "driver" and running(driver) and not (note.exists() and note.read_text()):
         time.sleep(0.005)
+    due = time.monotonic() + delay
+    while running(driver) and time.monotonic() < due:
+        time.sleep(0.005)
+    victim = driver if whom == "driver" else int(note.read_text()) if note.exists() else None
+    if victim and running(victim):
+        os.kill(victim, signal.SIGKILL)
+    code = server.ended()
+    # 1 is the driver's word that it lost its trainer or engine; a refusal of the command would be 2.
+    assert code in (0, -signal.SIGKILL if whom == "driver" else 1), (place / "driver.log").read_text()
+    return code != 0
 
 
 def running(pid: int) -> bool:
@@ -173,31 +165,32 @@ def check_round(folder: Path, adapter: str | None) -> None:
 
 
 def killed_runs(server: Server, place: Path, toy: Path, seed: int, kills: int) -> Counter[str]:
-    """Runs that are each killed until they end; how many kills hit whom."""
+    """Runs that are each killed up to `KILLS_A_RUN` times and then end; how many kills hit whom."""
     rng = random.Random(seed)
     began = time.monotonic()
-    server.start(workplace(place / "undisturbed", toy))
-    assert server.ended() == 0, (place / "undisturbed" / "driver.log").read_text()
-    whole = time.monotonic() - began
-    check(place / "undisturbed")
+    end(server, workplace(place / "undisturbed", toy))
+    round_seconds = (time.monotonic() - began) / ROUNDS
     hits: Counter[str] = Counter()
     for number in count():
         if hits.total() == kills:
             break
-        here = workplace(place / f"run_{number}", toy)
-        code = 1
-        while code and hits.total() < kills:
-            whom = rng.choices(list(WORKED_ON), list(WORKED_ON.values()))[0]
-            delay = rng.uniform(0, whole / ROUNDS / 2 if whom == "trainer" else whole)
-            code = killed_life(server, here, whom, delay)
-            # 1 is the driver's word that it lost its trainer or engine; a refusal of the command would be 2.
-            assert code in (0, -signal.SIGKILL if whom == "driver" else 1), (here / "driver.log").read_text()
-            hits[whom] += code != 0
-        if code:
-            server.start(here)
-            assert server.ended() == 0, (here / "driver.log").read_text()
-        check(here)
+        here, before = workplace(place / f"run_{number}", toy), hits.total()
+        while hits.total() < min(kills, before + KILLS_A_RUN):
+            left = ROUNDS - len(finished_rounds(here / "run"))
+            whom = rng.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+            delay = rng.uniform(0, round_seconds * (0.5 if whom == "trainer" else left))
+            if not killed_life(server, here, whom, delay):
+                break
+            hits[whom] += 1
+        end(server, here)
     return hits
+
+
+def end(server: Server, place: Path) -> None:
+    """The same command, undisturbed, and what it leaves."""
+    server.start(place)
+    assert server.ended() == 0, (place / "driver.log").read_text()
+    check(place)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -210,7 +203,7 @@ def test_kills_at_random_moments(tmp_path: Path, toy_model: Path) -> None:
         ]
         hits = sum((part.result() for part in parts), Counter[str]())
     assert hits.total() == KILLS
-    assert set(hits) == set(WORKED_ON)
+    assert set(hits) == set(VICTIMS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
