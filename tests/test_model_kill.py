@@ -31,7 +31,7 @@ def dreamed(run: Path) -> bool:
 
 def training(run: Path) -> bool:
     """Whether the training child writes its folder."""
-    return (run / "round_01" / ".train.tmp").exists()
+    return any((run / "round_01").glob(".train.*.tmp"))
 
 
 def driver(process: psutil.Process) -> list[psutil.Process]:
@@ -102,7 +102,7 @@ def check(run: Path) -> None:
     assert len({pair_id for pair_id, _ in sides}) == 2
     ledger = json.loads((folder / "train" / "ledger.json").read_text())
     assert ledger["steps"] == ledger["planned_steps"] or ledger["ended_early"]
-    assert not (folder / ".train.tmp").exists()
+    assert not any(folder.glob(".train.*.tmp"))
     served = json.loads((folder / "served.json").read_text())
     assert served["largest_change"] > 20 * served["apart"]
     promoted = json.loads((folder / "gate.json").read_text())["decision"]["decision"] == "promote"

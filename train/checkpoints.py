@@ -29,18 +29,20 @@ OnChange = Callable[[str, torch.Tensor, torch.Tensor], None]
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes `out` only when the block ends well.
 
-    It stands beside `out` as `.NAME.tmp`; what an earlier, killed attempt left there is thrown away. Everything is
-    forced to the disk before the name appears, so a half-written result never looks complete.
+    It stands beside `out` as `.NAME.PID.tmp`, a name that no other process writes to; what killed attempts left of that
+    kind is thrown away. Everything is forced to the disk before the name appears, so a half-written result never
+    looks complete.
 
     Raises:
         RunError: `out` exists already.
         StorageError: the disk is full or not writable.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     if out.exists():
         raise RunError(f"{out}: exists already; remove it, or choose another folder")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in out.parent.glob(f".{out.name}.*tmp"):
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
