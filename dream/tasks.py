@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def train_in_child(
     path = folder / "train.spec.json"
     store.write_json(path, spec.model_dump(mode="json"))
     with (folder / "train.log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-P", "-m", module, str(path)]
+        command = [sys.executable, "-P", "-m", "train.child", str(os.getpid()), module, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:

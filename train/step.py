@@ -10,10 +10,8 @@ Not covered: several workers (one process; a model larger than one GPU is spread
 import gc
 import json
 import os
-import select
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,27 +205,9 @@ def save_policy(
     return served
 
 
-def end_with_reader(pipe: int) -> None:
-    """Ends this process when nobody can read the pipe any more: its driver was killed, and the next one trains anew.
-
-    Nothing happens where it is no pipe but a file or a terminal.
-    """
-    closed = select.poll()
-    closed.register(pipe, 0)  # errors are reported all the same
-
-    def watch() -> None:
-        closed.poll()
-        os._exit(1)
-
-    if closed.poll(0):  # it was killed while this process was importing
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the step of one specification file; 0, or a one-line message and the error's exit code."""
     progress = os.fdopen(os.dup(1), "w", buffering=1)
-    end_with_reader(progress.fileno())
     os.dup2(2, 1)  # whatever libraries print, stdout carries progress only
     paths = list(sys.argv[1:] if argv is None else argv)
     try:
