@@ -336,6 +336,7 @@ def _point_latest(path: Path) -> None:
     try:
         if latest.exists() and not latest.is_symlink():
             return  # somebody's own folder of that name stays
+        temporary.unlink(missing_ok=True)  # of a process of this number that was killed here
         temporary.symlink_to(path.name)
         temporary.replace(latest)
     except OSError as error:

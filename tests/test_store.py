@@ -479,6 +479,13 @@ def test_latest_can_be_continued_by_its_name(tmp_path: Path) -> None:
     assert (tmp_path / "latest").resolve() == tmp_path / "run"
 
 
+def test_latest_after_a_kill_within_it(tmp_path: Path) -> None:
+    """What a killed process of the same number left of the pointer is in nobody's way."""
+    (tmp_path / f".latest-{os.getpid()}").symlink_to("elsewhere")
+    with RunFolder(tmp_path / "run", manifest()):
+        assert (tmp_path / "latest").resolve() == tmp_path / "run"
+
+
 def test_own_folder_named_latest_stays(tmp_path: Path) -> None:
     """Somebody's own folder of the name `latest` is not replaced."""
     (tmp_path / "latest").mkdir()
