@@ -13,10 +13,10 @@ demo: $(READY)  ## a real model dreams, is judged and is trained for three round
 	$(BIN)/dream train --rounds 3
 
 test: lint types test-fast  ## everything CI runs
-	$(BIN)/python -m pytest -q tests -m model
+	$(BIN)/python -m pytest -q tests -m "model or kill"
 
-test-fast: $(READY)  ## the tests that need no model
-	$(BIN)/python -m pytest -q tests -m "not model" -n 2 --dist loadfile
+test-fast: $(READY)  ## the tests that take no minutes
+	$(BIN)/python -m pytest -q tests -m "not model and not kill" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ from dream.store import contrast_pairs, read_json, read_log, write_json
 from train.data import StepSpec
 from train.rounds import finished_rounds, read_policy
 
+pytestmark = pytest.mark.kill
+
 RUNNER = Path(__file__).parent / "kill_runner.py"
 PROMPTS = Path(__file__).parent.parent / "prompts"
 PAIRS, ROUNDS = 3, 2
