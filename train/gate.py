@@ -15,6 +15,7 @@ from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 from dream.config import GateConfig
 from dream.engine import mean
@@ -269,12 +270,15 @@ def no_task_fall(name: str, before: TaskScore, after: TaskScore, allowed: float,
 def change(items: Items, confidence: float) -> tuple[float, float] | None:
     """Bootstrap interval of the paired mean change; None for a single item, which says nothing of chance.
 
-    A resample of n items spreads less than a new sample would, by sqrt((n - 1) / n); the interval is widened by that.
+    A resample of n items spreads less than a new sample would, by sqrt((n - 1) / n), and of few items the spread itself
+    is uncertain, for which Student's t allows; the interval is widened by both.
     """
     values = np.array(items.after) - np.array(items.before)
     if len(values) < 2:
         return None
-    center, wider = float(values.mean()), math.sqrt(len(values) / (len(values) - 1))
+    tail_share = (1 - confidence) / 2
+    uncertain = float(student.isf(tail_share, len(values) - 1)) / NormalDist().inv_cdf(1 - tail_share)
+    center, wider = float(values.mean()), uncertain * math.sqrt(len(values) / (len(values) - 1))
     low, high = interval(values, 0, confidence)
     return center - wider * (center - low), center + wider * (high - center)
 
