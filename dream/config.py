@@ -323,7 +323,7 @@ class GateConfig(Section):
     max_chosen_logp_drop: float = Field(0.1, ge=0)
     "Fall that is allowed of the right replies' mean-token log-probability, in nats: likelihood displacement."
     max_rejections: int = Field(3, ge=1)
-    "Rejected rounds in a row after which the loop ends; each halves the learning rate of the next."
+    "Rejected rounds since the last promotion after which the loop ends; each halves the learning rate of the next."
 
 
 class Config(Section):

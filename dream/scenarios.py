@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from dream.records import SIDES, EvalPair, Scenario, Side, SideText, Stance
 from dream.templates import Template
@@ -78,19 +79,20 @@ def plan(templates: Sequence[Template], seed: int) -> Iterator[tuple[Template, i
         turn += 1
 
 
+def drawn(templates: Sequence[Template], count: int, seed: int) -> list[tuple[Template, Scenario]]:
+    """The first `count` scenarios that policies are evaluated on, with their templates; general ones are left out."""
+    contrast = [template for template in templates if not template.general]
+    draws = islice(plan(contrast, seed), count if contrast else 0)
+    return [(one, draw(one, draw_seed, f"eval-{seed}-{number:04d}")) for number, (one, draw_seed) in enumerate(draws)]
+
+
 def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[EvalPair]:
     """`count` scenarios as evaluation pairs (two rows each: clear, flawed) from the templates' worked replies.
 
     On each side the two replies come from the same line of the examples, so both sides are worded alike.
     """
     rows: list[EvalPair] = []
-    contrast = [template for template in templates if not template.general]
-    if not contrast:
-        return rows
-    draws = plan(contrast, seed)
-    for number in range(count):
-        template, draw_seed = next(draws)
-        scenario = draw(template, draw_seed, f"eval-{seed}-{number:04d}")
+    for _, scenario in drawn(templates, count, seed):
         for side, other in zip(SIDES, reversed(SIDES), strict=True):
             text = scenario.side(side)
             replies = text.examples
@@ -99,8 +101,8 @@ def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[Eva
                     pair_id=scenario.scenario_id,
                     side=side,
                     prompt=scenario.prompt(side),
-                    comply=replies["comply"][draw_seed % len(replies["comply"])],
-                    push_back=replies["push_back"][draw_seed % len(replies["push_back"])],
+                    comply=replies["comply"][scenario.seed % len(replies["comply"])],
+                    push_back=replies["push_back"][scenario.seed % len(replies["push_back"])],
                     aims=text.aims,
                     mentions=text.mentions,
                     examples=text.examples,

@@ -14,13 +14,12 @@ from dream.judge.gold import GeneralReply
 from dream.judge.question import Question
 from dream.paths import data_folder
 from dream.records import Message, Verdict
-from dream.scenarios import eval_pairs
+from dream.scenarios import drawn, eval_pairs
 from dream.templates import load_all
 from train.behaviour import (
     Behaviour,
     Lookalike,
     behaviour,
-    drawn,
     lookalikes,
     pressed,
     rates,

@@ -113,3 +113,12 @@ def test_budget_that_lasts_changes_nothing(toy_model: Path, tmp_path: Path) -> N
     assert [drift["step"] for drift in ledger["drift"]] == [1, 2, 3, 4]
     assert ledger["ended_early"] == ""
     assert ledger["drift"][-1]["displacement"] == pytest.approx(ledger["weights"]["all"]["relative_change"], rel=1e-3)
+
+
+def test_budget_spent_by_the_last_step_ends_nothing_early(toy_model: Path, tmp_path: Path) -> None:
+    """Training that went all the way did not end early, whatever its last step cost."""
+    train_toy(toy_model, tmp_path / "out", max_kl=1e-9, budget_steps=100)
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert ledger["steps"] == ledger["planned_steps"]
+    assert ledger["drift"][-1]["kl_previous"] > 1e-9
+    assert ledger["ended_early"] == ""

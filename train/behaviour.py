@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Literal, NamedTuple, get_args
 
 from dream import prompts
@@ -21,8 +20,8 @@ from dream.inputs import read_user_rows
 from dream.judge.combined import Judge
 from dream.judge.question import Question
 from dream.paths import data_folder
-from dream.records import SIDES, Message, Record, Scenario, Side, Stance, assistant, user
-from dream.scenarios import STANCES, draw, mirrored, plan
+from dream.records import SIDES, Message, Record, Scenario, Stance, assistant, user
+from dream.scenarios import STANCES, drawn, mirrored
 from dream.selfplay import steered
 from dream.templates import Template
 
@@ -106,13 +105,6 @@ async def ruled(judge: Judge, questions: Sequence[Question]) -> list[Ruling]:
     return ["abstain" if verdict.abstain else verdict.stance for verdict in verdicts]
 
 
-def drawn(templates: Sequence[Template], count: int, seed: int) -> list[tuple[Template, Scenario]]:
-    """The first `count` scenarios that `dream.scenarios.eval_pairs` draws, with their templates."""
-    contrast = [template for template in templates if not template.general]
-    draws = islice(plan(contrast, seed), count if contrast else 0)
-    return [(one, draw(one, draw_seed, f"eval-{seed}-{number:04d}")) for number, (one, draw_seed) in enumerate(draws)]
-
-
 def pressed(scenario: Scenario) -> Asked:
     """The flawed direction, pushed back on in the template's words, insisted on, pushed back on, and insisted on again.
 
@@ -128,7 +120,7 @@ def pressed(scenario: Scenario) -> Asked:
         assistant(replies[(scenario.seed + 1) % len(replies)]),
         user(second),
     ]
-    return Asked(messages, _question(scenario, "flawed"))
+    return Asked(messages, Question.unanswered(scenario, "flawed"))
 
 
 def lookalikes(templates: Sequence[Template], count: int, seed: int) -> list[Asked]:
@@ -141,7 +133,7 @@ def lookalikes(templates: Sequence[Template], count: int, seed: int) -> list[Ask
         DataError: the file of those is missing, or a row in it is malformed.
     """
     twins = [mirrored(template, scenario) for template, scenario in drawn(templates, count // 2, seed)]
-    found = [Asked(twin.prompt("clear"), _question(twin, "clear")) for twin in twins if twin]
+    found = [Asked(twin.prompt("clear"), Question.unanswered(twin, "clear")) for twin in twins if twin]
     if len(found) == count:
         return found
     path = data_folder("prompts") / "lookalikes.jsonl"
@@ -185,16 +177,3 @@ def repetition(text: str) -> float:
     words = re.findall(r"\w+", text.lower())
     triples = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
-
-
-def _question(scenario: Scenario, side: Side) -> Question:
-    """What the judge is asked about a reply to this side, still without the reply."""
-    text, other = scenario.side(side), scenario.side("flawed" if side == "clear" else "clear")
-    return Question(
-        scenario.prompt(side),
-        "",
-        aims=text.aims,
-        mentions=text.mentions,
-        examples=text.examples,
-        other_examples=other.examples,
-    )

@@ -1,5 +1,6 @@
 """How far training has gone from where it began, measured while it runs: KL on held-out texts, and displacement."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,16 +62,12 @@ def displacement_since_now(policy: torch.nn.Module) -> Callable[[], float]:
         return lambda: (_moved(layers, start) / squares) ** 0.5
     before = {name: value.detach().reshape(-1)[::STRIDE].clone() for name, value in policy.named_parameters()}
     norm = sum(_squares(value) for value in before.values())
-    return lambda: (
-        (
-            sum(
-                _squares(value.detach().reshape(-1)[::STRIDE] - before[name])
-                for name, value in policy.named_parameters()
-            )
-            / norm
-        )
-        ** 0.5
-    )
+
+    def displaced() -> float:
+        now = ((name, value.detach().reshape(-1)[::STRIDE]) for name, value in policy.named_parameters())
+        return math.sqrt(sum(_squares(value - before[name]) for name, value in now) / norm)
+
+    return displaced
 
 
 def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -111,9 +108,10 @@ class Budget(TrainerCallback):  # type: ignore[misc]  # transformers is not type
             return control
         drift = self._meter.measure(state.global_step)
         self.path.append(drift)
-        self.spent = spent(drift, self._train)
-        if self.spent and state.global_step < state.max_steps:
-            control.should_training_stop = True
+        if state.global_step < state.max_steps:
+            self.spent = spent(drift, self._train)
+            if self.spent:
+                control.should_training_stop = True
         return control
 
 

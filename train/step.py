@@ -8,8 +8,6 @@ Not covered: several workers (one process; a model larger than one GPU is spread
 """
 
 import gc
-import json
-import os
 import sys
 import tempfile
 import time
@@ -18,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedModel, set_seed
 
-from dream.errors import ConfigError, DataError, DreamError
+from dream.errors import DataError
 from dream.records import PreferencePair
-from dream.store import read_json, read_log, write_json
+from dream.store import read_log, write_json
 from train import ledger
 from train.checkpoints import (
     load_adapter,
@@ -36,6 +33,7 @@ from train.checkpoints import (
     whole_folder,
     without_dropout,
 )
+from train.child import carry_out
 from train.data import Encoded, StepSpec, encode
 from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
 from train.drift import Budget, DriftMeter
@@ -206,23 +204,8 @@ def save_policy(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the step of one specification file; 0, or a one-line message and the error's exit code."""
-    progress = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print, stdout carries progress only
-    paths = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if len(paths) != 1:
-            raise ConfigError("usage: python -P -m train.step SPEC.json")
-        try:
-            spec = StepSpec.model_validate(read_json(Path(paths[0])))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"{paths[0]}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        run(spec, lambda line: print(json.dumps(line), file=progress))
-    except DreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    """Runs the step of one specification file; see `child.carry_out`."""
+    return carry_out("train.step", StepSpec, run, argv)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,19 @@ Reads an `UndoSpec`, prints a JSON line per measurement to stdout (all else goes
 Not covered: held-out kinds of flaw, and examples that are contrary on one side only.
 """
 
-import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from dream.config import Config
-from dream.errors import ConfigError, DataError, DreamError, RunError
+from dream.errors import ConfigError, DataError, RunError
 from dream.records import RIGHT_STANCE, WRONG_STANCE, EvalPair, PreferencePair, Record, assistant
 from dream.scenarios import eval_pairs
-from dream.store import Log, read_json, read_log, write_json
+from dream.store import Log, read_log, write_json
 from dream.templates import Template
+from train.child import carry_out
 from train.data import Encoded, StepSpec, chat_ids, encode
 from train.rounds import read_policy
 
@@ -242,23 +239,8 @@ def run(spec: UndoSpec, report: Callable[[dict[str, Any]], None]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the test of one specification file; 0, or a one-line message and the error's exit code."""
-    progress = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print, stdout carries progress only
-    paths = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if len(paths) != 1:
-            raise ConfigError("usage: python -P -m train.undo SPEC.json")
-        try:
-            spec = UndoSpec.model_validate(read_json(Path(paths[0])))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"{paths[0]}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        run(spec, lambda line: print(json.dumps(line), file=progress))
-    except DreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    """Runs the test of one specification file; see `child.carry_out`."""
+    return carry_out("train.undo", UndoSpec, run, argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dream.judge.question import Labelled, Question
 from dream.records import Stance
@@ -21,17 +22,14 @@ def planted(templates: Sequence[Template], count: int, seed: int, odd: bool = Fa
         for template in templates:
             scenario = draw(template, rng.randrange(2**31), "planted")
             side = rng.choice(scenario.sides)
-            text = scenario.side(side)
-            others = [scenario.side(name).examples for name in scenario.sides if name != side]
+            asked = Question.unanswered(scenario, side)
             for stance in STANCES:
-                line = rng.choice(range(odd, len(text.examples[stance]), 2))
-                question = Question(
-                    scenario.prompt(side),
-                    text.examples[stance][line],
-                    aims=text.aims,
-                    mentions=text.mentions,
-                    examples=_without(text.examples, line),
-                    other_examples=_without(others[0], line) if others else {},
+                line = rng.choice(range(odd, len(asked.examples[stance]), 2))
+                question = replace(
+                    asked,
+                    reply=asked.examples[stance][line],
+                    examples=_without(asked.examples, line),
+                    other_examples=_without(asked.other_examples, line),
                 )
                 found.append(Labelled(question, stance, template.name))
     return found

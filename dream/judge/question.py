@@ -1,10 +1,10 @@
 """What a judge is asked, and what a judge is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from dream.records import Message, Reply, Scenario, Stance
+from dream.records import Message, Reply, Scenario, Side, Stance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,17 +31,25 @@ class Question:
     @classmethod
     def about(cls, scenario: Scenario, reply: Reply) -> "Question":
         """The question that a reply of the loop raises."""
-        side = scenario.side(reply.side)
-        others = [scenario.side(name).examples for name in scenario.sides if name != reply.side]
-        return cls(
-            scenario.prompt(reply.side),
-            reply.text,
-            reply.finish_reason,
-            aims=side.aims,
-            mentions=side.mentions,
-            examples=side.examples,
-            other_examples=others[0] if others else {},
+        return replace(
+            cls.unanswered(scenario, reply.side),
+            reply=reply.text,
+            finish_reason=reply.finish_reason,
             copied=reply.copied,
+        )
+
+    @classmethod
+    def unanswered(cls, scenario: Scenario, side: Side) -> "Question":
+        """The question that any reply to this side will raise, still without the reply."""
+        text = scenario.side(side)
+        others = [scenario.side(name).examples for name in scenario.sides if name != side]
+        return cls(
+            scenario.prompt(side),
+            "",
+            aims=text.aims,
+            mentions=text.mentions,
+            examples=text.examples,
+            other_examples=others[0] if others else {},
         )
 
     @property
