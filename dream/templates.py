@@ -18,7 +18,8 @@ from jinja2 import nodes
 from dream import template_checks
 from dream.errors import ConfigError, TemplateError
 from dream.paths import data_folder
-from dream.template import ENVIRONMENT, Template, mentioned
+from dream.sandbox import ENVIRONMENT
+from dream.template import Template, mentioned
 from dream.template_head import read_head, syntax_problem
 
 __all__ = ["ENVIRONMENT", "Template", "examine", "find", "load", "load_all", "mentioned", "selected"]

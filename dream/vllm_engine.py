@@ -43,6 +43,7 @@ def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) 
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "trust_remote_code": config.trust_remote_code,
+        "load_format": "safetensors",
         "enable_prefix_caching": True,
     }
     if on_gpu:

@@ -74,7 +74,7 @@ def load_model(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -
     place = "auto" if torch.cuda.device_count() > 1 else ("cuda" if torch.cuda.is_available() else None)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=place, trust_remote_code=trust_remote_code
+            source, dtype=dtype, device_map=place, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise TrainingError(f"{source}: cannot be loaded as a language model: {_line(error)}") from error
