@@ -1,6 +1,7 @@
 """The command line. Only what parses, prints and exits; the work is in `dream.tasks` and imported when it is needed."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from dream.errors import ConfigError, DataError, DreamError
+from dream.errors import ConfigError, DataError, DreamError, Stopped
 
 
 class _Group(typer.core.TyperGroup):
@@ -19,7 +20,7 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise DreamError("stopped; a run goes on from here with the same command and --out") from error
+            raise Stopped(signal.SIGINT, "a run goes on from here with the same command and --out") from error
 
 
 app = typer.Typer(

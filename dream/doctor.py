@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from dream import models, templates
 from dream.config import Config
 from dream.errors import DreamError
 from dream.hardware import bfloat16_is_fast, gpu_visible
+from dream.memory import GIB, Device, Plan, TrainerPlan, largest_batch, plan, read_shape
 from dream.paths import data_folder, model_cache
 from dream.runs import versions
 
@@ -31,7 +33,7 @@ def examine(config: Config, config_file: Path) -> list[Finding]:
     found = ", ".join(f"{name} {number}" for name, number in versions().items())
     packages = f"missing {', '.join(missing)}; install requirements/cpu.lock or the gpu extra" if missing else found
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = machine_memory() / GIB
     wants_gpu = config.engine.tensor_parallel * config.engine.replicas > 1 and not gpu_visible()
     precision = "fast" if bfloat16_is_fast() else "slow, so float32 is used"
     return [
@@ -44,7 +46,33 @@ def examine(config: Config, config_file: Path) -> list[Finding]:
         _model(config),
         _templates(),
         Finding("disk", free > MIN_FREE_GB, f"{free:.0f} GB free here; a run of a 135M model takes 1 to 3 GB"),
+        *_memory(config),
     ]
+
+
+def machine_memory() -> int:
+    """Bytes of main memory that this process may use: all there is, or the limit of its control group."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return there
+    return min(there, int(limit)) if limit.isdigit() else there
+
+
+def seen_device() -> Device | None:
+    """What models are put on here; None where a GPU does not say how much memory it has."""
+    if not gpu_visible():
+        return Device(machine_memory())
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    sizes = [int(word) * 2**20 for word in said.split() if word.isdigit()]
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        sizes = sizes[: len(named.split(","))]
+    return Device(min(sizes), len(sizes), gpu=True) if sizes else None
 
 
 def _gpu(config: Config) -> str:
@@ -75,3 +103,98 @@ def _templates() -> Finding:
         return Finding("templates", False, str(error))
     held = sum(template.front.split == "heldout" for template in loaded)
     return Finding("templates", True, f"{len(loaded)} in {data_folder('prompts')}, {held} of them held out")
+
+
+def _memory(config: Config) -> list[Finding]:
+    """The memory plan, a finding a line of it."""
+    path = _config_json(config.model)
+    if path is None:
+        why = f"{config.model} is not on this machine yet, and nothing is downloaded or unpacked here"
+        return [Finding("memory", True, f"not planned: {why}; ask again when it is")]
+    try:
+        shape = read_shape(path)
+    except DreamError as error:
+        return [Finding("memory", True, f"not planned: {error}")]
+    device = seen_device()
+    if device is None:
+        return [Finding("memory", True, "not planned: nvidia-smi does not say how much memory the GPU has")]
+    return memory_findings(plan(shape, config, device), config)
+
+
+def _config_json(model: str) -> Path | None:
+    """The config.json of a model, where it is on this machine."""
+    if model in models.BUNDLED:
+        path = model_cache() / model.removeprefix("bundled:") / "config.json"
+        return path if path.is_file() else None
+    try:
+        source = models.resolve(model)
+    except DreamError:
+        return None
+    if Path(source).is_dir():
+        return Path(source) / "config.json"
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "config.json")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def memory_findings(made: Plan, config: Config) -> list[Finding]:
+    """The plan as lines: engines, the configured training step and the other ones, and what is in memory together.
+
+    Only what the configuration asks for can be not good. Today the engines keep their memory while a step trains.
+    """
+    device, engine, configured = made.device, made.engine, made.trainers[0]
+    there = f"{_gib(device.total)} GiB" + (f" ({device.devices} GPUs)" if device.devices > 1 else "")
+    fits = engine.kv_cache >= engine.sequence and engine.reserved <= device.total
+    room = f"{max(0, engine.kv_cache) // engine.kv_token} tokens of cache for {config.engine.max_num_seqs} sequences"
+    parts = {"weights": engine.weights, "workspace": engine.workspace, "KV cache": engine.kv_cache}
+    findings = [
+        Finding(
+            "memory", fits,
+            f"{'engine':17} {_sizes(parts)}; {room}; {_gib(engine.reserved)} of {there} in all"
+            + ("" if fits else _engine_advice(made, config)),
+        ),
+        *(_trainer_finding(trainer, trainer is configured, made, config, there) for trainer in made.trainers),
+    ]  # fmt: skip
+    if config.ray.address is None:  # the engines of a cluster may be elsewhere
+        both = engine.reserved + configured.peak
+        key = "engine.gpu_memory_utilization" if device.gpu else "engine.cpu_kv_cache_gib"
+        text = f"{'both together':17} {_gib(both)} of {there}, as engines keep their memory while a step trains"
+        advice = f": does not fit; lower {key}, train.micro_batch_size or train.max_length, or name a smaller model"
+        findings.append(Finding("memory", both <= device.total, text + ("" if both <= device.total else advice)))
+    return findings
+
+
+def _engine_advice(made: Plan, config: Config) -> str:
+    if made.engine.kv_cache < made.engine.sequence:
+        key = "engine.gpu_memory_utilization" if made.device.gpu else "engine.cpu_kv_cache_gib"
+        length = f"engine.max_model_len ({config.engine.max_model_len})"
+        return f": no room for one sequence of {length}; raise {key}, or lower the length"
+    key = "engine.replicas" if made.device.gpu else "engine.replicas or engine.cpu_kv_cache_gib"
+    return f": does not fit; lower {key}, or name a smaller model"
+
+
+def _trainer_finding(trainer: TrainerPlan, configured: bool, made: Plan, config: Config, there: str) -> Finding:
+    names = ("weights", "adapter", "gradients", "moments", "activations", "logits", "beside")
+    parts = {name: size for name in names if (size := getattr(trainer, name))}
+    fits = trainer.peak <= made.device.total
+    batch = largest_batch(config)
+    mark = f" (configured; {batch.rows} rows of {batch.width} positions)" if configured else ""
+    text = f"{trainer.method} {trainer.optim:12} {_sizes(parts)}; at most {_gib(trainer.peak)} of {there}{mark}"
+    if not fits:
+        text += ": does not fit"
+    if configured and not fits:
+        least = trainer._replace(activations=0, logits=0).peak
+        keys = "lower train.micro_batch_size or train.max_length"
+        text += f"; {keys if least < made.device.total else 'no batch is small enough, name a smaller model'}"
+    return Finding("memory", fits or not configured, text)
+
+
+def _sizes(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

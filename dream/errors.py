@@ -47,3 +47,11 @@ class JudgeError(DreamError):
 
 class TrainingError(DreamError):
     """A training step failed or did not do what it claims."""
+
+
+class Stopped(DreamError):
+    """A signal of the user's ended the command, which a shell reads off its exit code."""
+
+    def __init__(self, number: int, how_to_go_on: str) -> None:
+        super().__init__("; ".join(filter(None, ("stopped", how_to_go_on))))
+        self.exit_code = 128 + number

@@ -36,8 +36,11 @@ from dream.records import (
 )
 from dream.scenarios import draw, mirrored
 from dream.selfplay import on_policy, steered, with_background, written
+from dream.stop import Stop
 from dream.store import RoundStore, drop_reasons, read_log, write_json
 from dream.template import PLAN, Template
+
+FINISHING = "stopping: no scenario is begun, those under way are finished and stored; a second signal stops at once"
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,15 @@ class RoundDreamer:
         policy: str,
         embed: Embed | None = None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
+        stop: Stop | None = None,
     ) -> None:
-        """`embed` is for the audit and the measures of diversity, which do without some figures where it is missing."""
+        """`embed` is for the audit and the measures of diversity, which do without some figures where it is missing.
+
+        When `stop` is asked for no scenario is begun, and `run` ends with those that are under way.
+        """
         self._engine, self._judge, self._store, self._config = engine, judge, store, config
         self._round, self._policy, self._embed, self._on_progress = round_number, policy, embed, on_progress
+        self._stop = stop or Stop()
         self._by_name = {template.name: template for template in templates if template.front.split == "train"}
         contrast = [template for template in self._by_name.values() if not template.general]
         general = [template for template in self._by_name.values() if template.general]
@@ -91,6 +99,9 @@ class RoundDreamer:
         and, where that finds a giveaway, chooses the set anew among all accepted pairs.
 
         `audit.json` and `diversity.json` of the round's folder hold the figures.
+
+        Raises:
+            Stopped: `stop` was asked for; what was under way is stored.
         """
         self._recover()
         await self._fill()
@@ -105,7 +116,8 @@ class RoundDreamer:
     async def _fill(self) -> None:
         workers = [asyncio.create_task(self._work()) for _ in range(self._config.generate.concurrency)]
         try:
-            await asyncio.gather(*workers)
+            with self._stop.gently(FINISHING):
+                await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()
@@ -186,9 +198,9 @@ class RoundDreamer:
         return self._general if known is not None and known.general else self._contrast
 
     def _open(self) -> list[Demand]:
-        """What still lacks pairs; empty when the round is complete or its scenarios are used up."""
+        """What still lacks pairs; empty when the round is complete, its scenarios are used up, or it is to stop."""
         wanted = self._contrast.wanted + self._general.wanted
-        if self._count >= self._config.generate.max_scenarios_per_pair * wanted:
+        if self._stop.asked is not None or self._count >= self._config.generate.max_scenarios_per_pair * wanted:
             return []
         return [demand for demand in (self._general, self._contrast) if demand.missing]
 

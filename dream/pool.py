@@ -1,23 +1,27 @@
 """The pool of engines, one per Ray actor. The only module that imports ray.
 
-The pool is itself an `Engine`: it routes each call to the least loaded actor, starts a dead or silent one again with
-the weights that are being served, and tries the calls that were in flight once more.
+The pool is itself an `Engine`, whose calls travel together (`dream.link`): it routes each call to the least loaded
+actor that is up, starts a dead or silent one again with the weights that are being served, and makes the calls that
+were in flight again, on another where one is up.
 """
 
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayTaskError
 
 from dream.config import Config, EngineConfig
 from dream.engine import Completion, Engine, EngineStats, Sampling
 from dream.errors import DreamError, EngineError
+from dream.link import Answer, Call, CallTaker, Link
 from dream.records import Message
 from dream.vllm_engine import EngineDied, VLLMEngine
 
@@ -43,12 +47,16 @@ def connect(address: str | None) -> None:
     """Joins a Ray cluster, or starts one on this machine that listens on loopback only."""
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address:
         ray.init(address=address, **common)
     else:
+        # Where clusters are possible, Ray makes the machine's own address of 127.0.0.1 and listens on all of them.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(include_dashboard=False, object_store_memory=256 * 2**20, _node_ip_address="127.0.0.1", **common)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process where it stands
 
 
 class _EngineActor:
@@ -56,28 +64,37 @@ class _EngineActor:
 
     def __init__(self, factory: EngineFactory) -> None:
         self._engine = factory()
+        self._calls = CallTaker(self._engine)
 
     async def start(self, weights: Path | None) -> None:
         await self._engine.start(weights)
 
-    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
-        return await self._engine.generate(messages, sampling)
+    async def take(self, calls: list[Call]) -> None:
+        self._calls.take(calls)
 
-    async def score(self, messages: Sequence[Message], replies: Sequence[str]) -> list[list[float]]:
-        return await self._engine.score(messages, replies)
-
-    async def load_weights(self, folder: Path | None) -> None:
-        await self._engine.load_weights(folder)
-
-    async def stats(self) -> EngineStats:
-        return await self._engine.stats()
+    async def answers(self) -> list[Answer]:
+        return await self._calls.answers()
 
 
-@dataclass
 class _Replica:
-    actor: Any
-    in_flight: int = 0
-    replaced: asyncio.Task[None] | None = None
+    def __init__(self, actor: Any) -> None:
+        self.in_flight = 0
+        self.replaced: asyncio.Task[None] | None = None
+        self.put(actor)
+
+    def put(self, actor: Any) -> None:
+        """Another actor takes the place of a lost one."""
+        self.actor = actor
+        self.link = Link(actor.take.remote, actor.answers.remote)
+
+    @property
+    def down(self) -> bool:
+        """Whether it is being replaced."""
+        return self.replaced is not None and not self.replaced.done()
+
+
+class _Lost(Exception):
+    """A call was lost with its engine, which is being replaced."""
 
 
 class EnginePool:
@@ -87,7 +104,6 @@ class EnginePool:
         self._factory, self._config = factory, config
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
-        self._before = EngineStats()
         self.restarts = 0
 
     async def __aenter__(self) -> "EnginePool":
@@ -110,15 +126,20 @@ class EnginePool:
         return scores
 
     async def load_weights(self, folder: Path | None) -> None:
-        """Loads weights into every engine; one that is started again later gets them too."""
+        """Loads weights into every engine; one that is being started, or is started again later, gets them too."""
         self._weights = folder
-        for replica in list(self._replicas):
-            await self._on(replica, "load_weights", folder)
+        for replica in self._replicas:
+            if not replica.down:
+                with suppress(_Lost):
+                    await self._once(replica, "load_weights", folder)
 
     async def stats(self) -> EngineStats:
+        """Of the engines that are up; one that was started again has counted from zero."""
         total = EngineStats()
-        for replica in list(self._replicas):
-            total = total + await self._on(replica, "stats")
+        for replica in self._replicas:
+            if not replica.down:
+                with suppress(_Lost):
+                    total = total + await self._once(replica, "stats")
         return total
 
     def _new_actor(self) -> Any:
@@ -127,47 +148,66 @@ class EnginePool:
         return ray.remote(_EngineActor).options(**options).remote(self._factory)
 
     async def _start(self, replica: _Replica) -> None:
+        loaded = self._weights
         try:
-            await replica.actor.start.remote(self._weights)
+            await replica.actor.start.remote(loaded)
+            while loaded != self._weights:  # the pool was given others meanwhile
+                loaded = self._weights
+                await replica.link.call("load_weights", loaded)
         except RayTaskError as error:
             cause = error.cause
-            raise (
-                cause if isinstance(cause, DreamError) else EngineError(f"the engine did not start: {cause}")
-            ) from error
+            if isinstance(cause, DreamError):
+                raise cause from error
+            raise EngineError(f"the engine did not start: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
             raise EngineError(f"the engine's process ended while it started: {error}") from error
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        replica = min(self._replicas, key=lambda candidate: candidate.in_flight)
-        return await self._on(replica, method, *arguments)
-
-    async def _on(self, replica: _Replica, method: str, *arguments: Any) -> Any:
         while True:
-            if replica.replaced is not None:
-                await asyncio.shield(replica.replaced)
-            actor = replica.actor
-            replica.in_flight += 1
-            try:
-                reference = getattr(actor, method).remote(*arguments)
-                return await asyncio.wait_for(reference, self._config.request_timeout_s)
-            except (RayActorError, EngineDied, TimeoutError) as error:
-                if replica.actor is actor and (replica.replaced is None or replica.replaced.done()):
-                    replica.replaced = asyncio.ensure_future(self._replace(replica, error))
-            finally:
-                replica.in_flight -= 1
-            await asyncio.shield(replica.replaced) if replica.replaced else None
+            replica = min(self._replicas, key=lambda candidate: (candidate.down, candidate.in_flight))
+            with suppress(_Lost):
+                return await self._once(replica, method, *arguments)
+
+    async def _once(self, replica: _Replica, method: str, *arguments: Any) -> Any:
+        """One call, when the replica is up.
+
+        Raises:
+            _Lost: the engine died or said nothing in time, and is being replaced.
+            EngineError: it could not be replaced, or refused the call.
+        """
+        if replica.replaced is not None:
+            await asyncio.shield(replica.replaced)
+        actor = replica.actor
+        replica.in_flight += 1
+        try:
+            return await asyncio.wait_for(replica.link.call(method, *arguments), self._config.request_timeout_s)
+        except (RayActorError, EngineDied, TimeoutError) as error:
+            if replica.actor is actor and not replica.down:
+                replica.replaced = asyncio.ensure_future(self._replace(replica, error))
+            raise _Lost from error
+        except DreamError:
+            raise
+        except Exception as error:  # whatever the engine raised
+            raise EngineError(f"an engine refused a call: {type(error).__name__}: {error}") from error
+        finally:
+            replica.in_flight -= 1
 
     async def _replace(self, replica: _Replica, reason: BaseException) -> None:
-        if self.restarts >= self._config.max_restarts:
-            raise EngineError(
-                f"an engine died again after {self.restarts} restarts ({type(reason).__name__}: {reason}); "
-                "see the Ray logs, or raise engine.max_restarts; the run can be continued"
-            )
-        self.restarts += 1
-        logging.getLogger("dream").warning("engine lost (%s); starting it again", type(reason).__name__)
-        ray.kill(replica.actor)
-        replica.actor = self._new_actor()
-        await self._start(replica)
+        """Starts an engine in the place of a lost one; again where that is lost too, as on a node that is going."""
+        while True:
+            if self.restarts >= self._config.max_restarts:
+                raise EngineError(
+                    f"an engine died again after {self.restarts} restarts ({type(reason).__name__}: {reason}); "
+                    "see the Ray logs, or raise engine.max_restarts; the run can be continued"
+                )
+            self.restarts += 1
+            logging.getLogger("dream").warning("engine lost (%s); starting it again", type(reason).__name__)
+            ray.kill(replica.actor)
+            replica.put(self._new_actor())
+            try:
+                return await self._start(replica)
+            except EngineError as error:
+                reason = error
 
 
 def vllm_pool(config: Config, model: str) -> EnginePool:

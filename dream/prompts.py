@@ -4,10 +4,13 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dream.errors import TemplateError
 from dream.paths import data_folder
-from dream.templates import ENVIRONMENT
+
+# Without the bounds of scenario templates: these files come with the package, and a reply that is judged may be long.
+ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 @cache

@@ -7,14 +7,18 @@ own prompt with a note in brackets that says what to reply. Only the scenario's 
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dream import prompts
 from dream.config import GenerateConfig
 from dream.engine import Completion, Engine, Sampling
+from dream.judge.transcript import is_clean
 from dream.records import Message, Reply, Scenario, Side, Source, Stance, assistant, user
 from dream.scenarios import draw
 from dream.templates import Template, mentioned
 
+LONGEST_TOKEN = 128
+"""Characters; so long are the runs of spaces in large vocabularies."""
 BACKGROUND_WORDS = range(5, 31)
 ODD_WORDS = {"ai", "assistant", "chatbot", "human", "robot", "computer", "not", "cannot", "never", "you", "your"}
 """In a background sentence these show that the dreamer speaks of itself, or denies something."""
@@ -63,7 +67,7 @@ def details(scenario: Scenario, side: Side) -> str:
 async def on_policy(engine: Engine, scenario: Scenario, side: Side, config: GenerateConfig, policy: str) -> list[Reply]:
     """What the policy really says to the plain prompt."""
     sampling = Sampling(config.samples, config.max_tokens, config.temperature, config.top_p, config.min_p)
-    completions = await engine.generate(scenario.prompt(side), sampling)
+    completions = await _sampled(engine, scenario.prompt(side), sampling)
     return _replies(completions, scenario, side, "on_policy", None, policy)
 
 
@@ -93,7 +97,7 @@ async def steered(
     examples = [(*turn(other, its_side), reply) for other, its_side, reply in shown]
     messages = steering(stance, *turn(scenario, side), examples)
     sampling = Sampling(1, config.max_tokens, config.temperature, config.top_p, config.min_p)
-    completions = await engine.generate(messages, sampling)
+    completions = await _sampled(engine, messages, sampling)
     foreign = foreign_words(scenario, side, stance, [reply for _, _, reply in shown])
     replies = _replies(completions, scenario, side, "steered", stance, policy, attempt)
     return [
@@ -114,7 +118,7 @@ async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 
     """The scenario with a sentence of the dreamer's on who asks and why, the same on both sides.
 
     What the dreamer writes may not touch the contrast: a sentence with digits, with words of the scenario's slots, of
-    odd length or unfinished is left out, and the scenario stays as the template made it.
+    odd length, unfinished or not clean is left out, and the scenario stays as the template made it.
     """
     messages: list[Message] = []
     for line in prompts.lines("dreamer/background_examples"):
@@ -123,13 +127,14 @@ async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 
     known = {_plain(message["content"]) for message in messages}
     messages.append(user(prompts.render("dreamer/background", domain=scenario.domain)))
     sampling = Sampling(n=1, max_tokens=max_tokens, temperature=0.7, min_p=0.05)
-    sentence = (await engine.generate(messages, sampling))[0].text.strip()
+    sentence = (await _sampled(engine, messages, sampling))[0].text.strip()
     words = set(re.findall(r"\w+", sentence.lower()))
     slots = {word for value in scenario.slots.values() for word in re.findall(r"\w{3,}", str(value).lower())}
     fits = (
         len(sentence.split()) in BACKGROUND_WORDS
         and sentence.endswith(".")
         and "\n" not in sentence
+        and is_clean(sentence)
         and not re.search(r"\d", sentence)
         and not words & slots
         and _plain(sentence) not in known
@@ -142,7 +147,8 @@ async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 
 async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> Scenario | None:
     """The scenario with both directions in the dreamer's own words; None when its answer cannot be used.
 
-    The numbers of a direction, and the words in it that the template's `mentions` ask for, must still stand in it.
+    It has to be clean text, and the numbers of a direction, and the words in it that the template's `mentions` ask for,
+    must still stand in it.
     """
     if scenario.flawed is None:
         return scenario
@@ -155,7 +161,9 @@ async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> 
         flawed=scenario.flawed.direction,
         voice=rng.choice(prompts.lines("dreamer/voices")),
     )
-    answer = (await engine.generate([user(text)], Sampling(n=1, max_tokens=max_tokens)))[0].text
+    answer = (await _sampled(engine, [user(text)], Sampling(n=1, max_tokens=max_tokens)))[0].text
+    if not is_clean(answer):
+        return None
     sides = {}
     for side, label in (("clear", "SOUND"), ("flawed", "FLAWED")):
         found = re.findall(rf"^\W*{label}\W*:\s*(\S.*?)\s*$", answer, re.MULTILINE)
@@ -169,6 +177,17 @@ async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> 
     if _plain(sides["clear"].direction) == _plain(sides["flawed"].direction):
         return None
     return scenario.model_copy(update=sides)
+
+
+async def _sampled(engine: Engine, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
+    """Completions that can be stored and judged: half characters, which no file takes, are marked as unreadable
+    (U+FFFD), and a text that is longer than its tokens can be is cut off."""
+    most, usable = sampling.max_tokens * LONGEST_TOKEN, []
+    for one in await engine.generate(messages, sampling):
+        text = re.sub("[\ud800-\udfff]", "\ufffd", one.text)
+        ended = one.finish_reason if len(text) <= most else "length"
+        usable.append(replace(one, text=text[:most], finish_reason=ended))
+    return usable
 
 
 def _replies(

@@ -69,8 +69,10 @@ class Log:
         except OSError as error:
             raise _storage_error(path, error) from error
 
-    def append(self, *records: Record) -> None:
+    def append(self, *records: Record, sync: bool = False) -> None:
         """Appends records in one write: after a crash either all of them are there or a torn tail that is ignored.
+
+        With `sync` they are on the disk when it returns; some file systems show a full disk only then.
 
         Raises:
             StorageError: the disk is full or not writable; the file is as before.
@@ -81,13 +83,22 @@ class Log:
             written = self._file.write(data)
             if written != len(data):
                 raise OSError(28, "No space left on device")
+            if sync:
+                os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(start)
             raise _storage_error(self.path, error) from error
 
     def sync(self) -> None:
-        """Forces what was appended to the disk."""
-        os.fsync(self._file.fileno())
+        """Forces what was appended to the disk.
+
+        Raises:
+            StorageError: it did not get there.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _storage_error(self.path, error) from error
 
     def replace(self, path: Path) -> None:
         """Takes the place of another file, whole; further appends go there."""
@@ -181,14 +192,12 @@ class RoundStore:
 
     def keep(self, *pairs: ContrastPair) -> None:
         """Stores accepted contrast pairs, all rows in one write, on the disk before they are counted."""
-        self._logs["pairs"].append(*(row for pair in pairs for row in (pair.clear, pair.flawed)))
-        self._logs["pairs"].sync()
+        self._logs["pairs"].append(*(row for pair in pairs for row in (pair.clear, pair.flawed)), sync=True)
         self.pairs += pairs
 
     def keep_spare(self, pair: ContrastPair) -> None:
         """Stores an accepted candidate that is not among the round's pairs: one too many, or dreamed for balance."""
-        self._logs["spare"].append(pair.clear, pair.flawed)
-        self._logs["spare"].sync()
+        self._logs["spare"].append(pair.clear, pair.flawed, sync=True)
         self.spare.append(pair)
 
     def exchange(self, chosen: list[ContrastPair]) -> None:
@@ -215,8 +224,7 @@ class RoundStore:
 
     def keep_general(self, row: PreferencePair) -> None:
         """Stores an accepted general pair."""
-        self._logs["general"].append(row)
-        self._logs["general"].sync()
+        self._logs["general"].append(row, sync=True)
         self.general.append(row)
 
     def drop(self, row: Dropped) -> None:

@@ -19,6 +19,7 @@ from dream.engine import Engine
 from dream.errors import ConfigError, DataError, DreamError, TrainingError
 from dream.records import Scenario
 from dream.runs import manifest
+from dream.stop import Stop
 from dream.templates import Template
 from dream.terminal import Terminal
 
@@ -109,6 +110,7 @@ def generate(
     prompts.check_all()
     model = models.resolve(config.model)
     path = out or store.new_run_path("generate")
+    stop = Stop(terminal.line, f"go on with the same command and --out {path}")
 
     async def work(run: store.RunFolder) -> "tuple[dict[str, Any], Audit, Diversity]":
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
@@ -118,7 +120,7 @@ def generate(
             try:
                 dreamer = RoundDreamer(
                     engine, judge, rounds, loaded, config,
-                    round_number=1, policy="round_00", embed=minilm(), on_progress=terminal.dreaming,
+                    round_number=1, policy="round_00", embed=minilm(), on_progress=terminal.dreaming, stop=stop,
                 )  # fmt: skip
                 audit, diversity = await dreamer.run()
             finally:
@@ -126,7 +128,7 @@ def generate(
             return dreamer.summary(), audit, diversity
 
     with store.RunFolder(path, manifest("generate", config, config_file, loaded), allow_template_change) as run:
-        return path, *asyncio.run(work(run))
+        return path, *stop.run(work(run))
 
 
 def train(
@@ -155,25 +157,33 @@ def train(
     prompts.check_all()
     model = models.resolve(config.model)
     path = out or store.new_run_path("train")
+    stop = Stop(terminal.line, f"go on with the same command and --out {path}")
 
     async def work(run: store.RunFolder) -> "list[RoundResult]":
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             run.note("judge", judge.quality.model_dump())
-            step = trainer or (lambda spec, folder: train_in_child(spec, folder, terminal.training))
-            return await run_rounds(Loop(path, engine, judge, loaded, config, model, step, terminal, minilm(), pairs))
+            step = trainer or (lambda spec, folder: train_in_child(spec, folder, terminal.training, stop=stop))
+            return await run_rounds(
+                Loop(path, engine, judge, loaded, config, model, step, terminal, minilm(), pairs, stop)
+            )
 
     with store.RunFolder(path, manifest("train", config, config_file, loaded), allow_template_change) as run:
-        return path, asyncio.run(work(run))
+        return path, stop.run(work(run))
 
 
 def train_in_child(
-    spec: "StepSpec", folder: Path, on_step: Callable[[dict[str, Any]], None], module: str = "train.step"
+    spec: "StepSpec",
+    folder: Path,
+    on_step: Callable[[dict[str, Any]], None],
+    module: str = "train.step",
+    stop: Stop | None = None,
 ) -> None:
     """One training step (or another `module`) in a process of its own: `python -P -m`, its log in the folder's
     train.log.
 
     Raises:
         TrainingError: the step failed; the message is its own.
+        Stopped: `stop` was asked for. The step was ended, and is begun again by the same command.
     """
     path = folder / "train.spec.json"
     store.write_json(path, spec.model_dump(mode="json"))
@@ -181,8 +191,9 @@ def train_in_child(
         command = [sys.executable, "-P", "-m", "train.child", str(os.getpid()), module, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
             assert child.stdout is not None
-            for line in child.stdout:
-                on_step(json.loads(line))
+            with (stop or Stop()).gently("stopping; this training step will be done again", child.kill):
+                for line in child.stdout:
+                    on_step(json.loads(line))
     if child.returncode:
         said = (folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         why = said[-1].removeprefix("error: ") if said else "nothing was said"
@@ -233,7 +244,7 @@ def evaluate(
             terminal.stage(f"scoring {len(pairs)} pairs")
             return await measure(engine, pairs, judge, config, sampled=config.eval.sampled_scenarios)
 
-    return asyncio.run(work())
+    return Stop(terminal.line).run(work())
 
 
 def undo(config: Config, run: Path, terminal: Terminal) -> "UndoResult":
@@ -284,7 +295,7 @@ def check_judge(
             terminal.stage(f"judging {len(labelled)} replies")
             return await check(engine, config, calibrate, known, labelled)
 
-    found = asyncio.run(work())
+    found = Stop(terminal.line).run(work())
     if "embedding" in config.judge.signals:
         minilm().save()
     return found
@@ -312,7 +323,7 @@ def import_logs(
             terminal.stage(f"reading {len(logs)} logs")
             return await LogImporter(engine, judge, out, config, policy="round_00").run(logs)
 
-    return asyncio.run(work())
+    return Stop(terminal.line, f"the rows found so far are in {out}; the same command finds the others").run(work())
 
 
 def preview(
@@ -342,7 +353,7 @@ def preview(
             terminal.line(f"{count - len(found)} of {count} answers of the dreamer could not be used")
         return found
 
-    return asyncio.run(work())
+    return Stop(terminal.line).run(work())
 
 
 @contextmanager

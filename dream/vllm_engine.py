@@ -34,6 +34,19 @@ def prepare_cpu_environment(kv_cache_gib: int, cores: Sequence[int]) -> dict[str
     return environment
 
 
+class WorkerExtension:
+    """Methods that vLLM's workers get beside their own."""
+
+    model_runner: Any
+
+    def pack_vocabulary(self) -> None:
+        """Packs the vocabulary projection anew. On a CPU vLLM multiplies by a packed copy, and where the projection is
+        tied to the embedding, loading new weights leaves that copy as it was."""
+        for module in self.model_runner.get_model().modules():
+            if type(module).__name__ == "ParallelLMHead" and hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
+
+
 def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) -> dict[str, Any]:
     """What vLLM is asked for."""
     arguments: dict[str, Any] = {
@@ -44,6 +57,7 @@ def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) 
         "max_num_seqs": config.max_num_seqs,
         "trust_remote_code": config.trust_remote_code,
         "load_format": "safetensors",
+        "worker_extension_cls": f"{__name__}.{WorkerExtension.__name__}",
         "enable_prefix_caching": True,
     }
     if on_gpu:
@@ -127,6 +141,7 @@ class VLLMEngine:
         """Loads weights in place, without a restart, and forgets the prefix cache of the old ones."""
         path = str(folder) if folder is not None else self._model
         await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        await self._engine.collective_rpc("pack_vocabulary")
         await self._engine.reset_prefix_cache()
 
     async def stats(self) -> EngineStats:

@@ -24,13 +24,13 @@ RATES = st.lists(
 def fake_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two measured rows and one that fails, in an empty working directory."""
 
-    def measure_apart(name: str) -> Row:
+    def measure_apart(name: str) -> list[Row]:
         if name == "broken":
             raise TrainingError("the losses differ")
-        return {"fast": FAST, "slow": SLOW}[name]
+        return {"fast": [FAST], "slow": [SLOW]}[name]
 
     monkeypatch.setattr(bench, "measure_apart", measure_apart)
-    monkeypatch.setattr(bench, "ROWS", ("fast", "broken", "slow"))
+    monkeypatch.setattr(bench, "ROWS", {name: name for name in ("fast", "broken", "slow")})
     monkeypatch.chdir(tmp_path)
 
 

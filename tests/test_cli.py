@@ -4,8 +4,10 @@ import asyncio
 import gc
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -594,15 +596,39 @@ def test_json_that_cannot_be_written_is_refused(dream: Dream, folder: Path) -> N
 
 
 def test_ctrl_c_says_how_to_go_on(dream: Dream, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C ends a command with code 1 and a line on how to go on, not with a traceback."""
+    """Ctrl-C ends a command with the code that shells know and a line on how to go on, not with a traceback."""
 
     def stop(folder: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "list_runs", stop)
     result = dream("runs", "list")
-    assert result.code == 1
+    assert result.code == 130
     assert "goes on from here" in result.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_generate_in_good_order(
+    dream: Dream, small: tuple[str, ...], folder: Path, monkeypatch, script, number: int, code: int
+) -> None:
+    """The first signal lets the scenarios under way end; the user reads so, and the command that goes on."""
+    calls = iter(range(10_000))
+
+    def write(messages: Sequence[Any], sample: int) -> str:
+        if next(calls) == 20:
+            os.kill(os.getpid(), number)
+        return script(messages, sample)
+
+    serve(ScriptedEngine(write), monkeypatch)
+    run = folder / "runs" / "mine"
+    words = ("generate", "--pairs", "6", "--out", run, *small)
+    result = dream(*words)
+    assert result.code == code
+    assert "those under way are finished and stored; a second signal stops at once" in result.err
+    assert result.err.splitlines()[-1] == f"error: stopped; go on with the same command and --out {run}"
+    result = dream(*words)
+    assert (result.code, "interrupted" in result.out) == (0, False), result.err
+    assert len(list(read_log(run / "round_01" / "pairs.jsonl", PreferencePair))) == 12
 
 
 CONTRACT = {"n", "auc", "auc_ci", "accuracy", "kappa", "abstained", "error_rate"}

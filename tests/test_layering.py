@@ -13,9 +13,9 @@ FILES = sorted(path for package in ("dream", "train") for path in (ROOT / packag
 
 FLOORS = [
     {"dream", "dream.errors", "dream.records", "dream.hardware", "dream.config", "dream.paths", "dream.templates",
-     "dream.template", "dream.template_head", "dream.template_checks", "dream.template_new",
-     "dream.prompts", "dream.store", "dream.models", "dream.masking"},
-    {"dream.engine", "dream.vllm_engine", "dream.pool"},
+     "dream.sandbox", "dream.template", "dream.template_head", "dream.template_checks", "dream.template_new",
+     "dream.prompts", "dream.stop", "dream.store", "dream.models", "dream.masking", "dream.memory"},
+    {"dream.engine", "dream.link", "dream.vllm_engine", "dream.pool"},
     {"dream.scenarios", "dream.template_audit", "dream.selfplay", "dream.judge", "dream.filters", "dream.embed",
      "dream.audit", "dream.diversity", "dream.demand", "dream.generate", "dream.inputs", "dream.conversations",
      "dream.evidence", "dream.logs"},

@@ -59,7 +59,7 @@ def test_engine_scores_reloads_and_survives(
 ) -> None:
     """One engine, four promises: cached scores equal fresh ones, long prompts in a full batch do not kill it, other
     weights are served and the old ones come back exactly, and a killed engine is started again with its weights."""
-    changed = other_weights(tmp_path / "changed")
+    changed, wanted = other_weights(tmp_path / "changed")
 
     async def work(pool: EnginePool) -> None:
         together = await scores(pool, REPLIES)
@@ -73,6 +73,7 @@ def test_engine_scores_reloads_and_survives(
         await pool.load_weights(changed)
         moved = await scores(pool, REPLIES)
         assert max(abs(a - b) for a, b in zip(moved, together, strict=True)) > 0.05
+        assert moved == pytest.approx(wanted, abs=2e-2)
 
         kill_engine_processes()
         assert await scores(pool, REPLIES) == pytest.approx(moved, abs=2e-2)
@@ -84,16 +85,29 @@ def test_engine_scores_reloads_and_survives(
     use(work)
 
 
-def other_weights(folder: Path) -> Path:
-    """The embedded model with its last norm scaled, made in a process of its own so that torch's memory is gone."""
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
-        "m = A.from_pretrained(sys.argv[1]); m.model.norm.weight.data *= 0.8; m.save_pretrained(sys.argv[2]);"
-        "T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
-    )
+def other_weights(folder: Path) -> tuple[Path, list[float]]:
+    """The embedded model with its last norm and its embedding changed, and the mean log-probability of each reply by
+    transformers; made in a process of its own so that torch's memory is gone."""
+    code = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+source, folder, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(source)
+model.model.norm.weight.data *= 0.8
+model.get_input_embeddings().weight.data[::3] *= 1.1  # tied to the vocabulary projection
+model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+head = tokenizer.apply_chat_template(asked["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+for reply in asked["replies"]:
+    tail = tokenizer(reply, add_special_tokens=False)["input_ids"]
+    logps = model(torch.tensor([head + tail])).logits.log_softmax(-1)[0, len(head) - 1 : -1]
+    print(float(logps.gather(1, torch.tensor(tail)[:, None]).mean()))
+"""
     model = models.resolve("bundled:smollm2-135m-instruct")
-    subprocess.run([sys.executable, "-P", "-c", code, model, str(folder)], check=True, capture_output=True)
-    return folder
+    asked = json.dumps({"prompt": PROMPT, "replies": REPLIES})
+    command = [sys.executable, "-P", "-c", code, model, str(folder), asked]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return folder, [float(line) for line in printed.split()]
 
 
 def kill_engine_processes() -> None:

@@ -314,7 +314,7 @@ def test_full_disk_leaves_an_exchange_undone(tmp_path: Path, make_pair, monkeypa
     assert ids(RoundStore(tmp_path).pairs) == ["a", "c"]
 
 
-def _no_space(log: Log, *records: object) -> None:
+def _no_space(log: Log, *records: object, sync: bool = False) -> None:
     raise StorageError(f"{log.path}: No space left on device")
 
 

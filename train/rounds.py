@@ -23,6 +23,7 @@ from dream.generate import Progress, RoundDreamer
 from dream.judge.combined import Judge
 from dream.records import ContrastPair, PreferencePair, Record
 from dream.scenarios import eval_pairs
+from dream.stop import Stop
 from dream.store import Log, RoundStore, contrast_pairs, drop_reasons, read_json, read_log, write_json
 from dream.templates import Template
 from train.data import Probe, StepSpec, round_rows
@@ -97,6 +98,8 @@ class Loop(NamedTuple):
     embed: Embed | None = None
     data: Sequence[ContrastPair] = ()
     """Pairs to train on instead of dreaming, shared out over the rounds."""
+    stop: Stop | None = None
+    """Whether the user asks to stop while a round is dreamed."""
 
 
 async def run_rounds(loop: Loop) -> list[RoundResult]:
@@ -157,7 +160,7 @@ async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
             dreamer = RoundDreamer(
                 loop.engine, loop.judge, store, loop.templates, loop.config,
                 round_number=number, policy=policy.version, embed=loop.embed,
-                on_progress=loop.reporter.dreaming,
+                on_progress=loop.reporter.dreaming, stop=loop.stop,
             )  # fmt: skip
             audit, _ = await dreamer.run()
             loop.reporter.audited(audit)

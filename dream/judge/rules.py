@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from dream.judge.question import Question
-from dream.judge.transcript import CONTROL, visible
+from dream.judge.transcript import CONTROL, GARBLED, visible
 from dream.records import Stance
 from dream.templates import mentioned
 
@@ -45,14 +45,16 @@ _TO_THE_JUDGE = re.compile(
 def unusable(question: Question, min_words: int) -> str:
     """Why a reply cannot be a training reply at all, or an empty string.
 
-    Reasons: `cut_off`, `too_short`, `control_tokens`, `speaks_to_judge`, `repetition`, `steering_leak`, `example_leak`,
-    `stray_number`, `echo`.
+    Reasons: `cut_off`, `too_short`, `garbled`, `control_tokens`, `speaks_to_judge`, `repetition`, `steering_leak`,
+    `example_leak`, `stray_number`, `echo`.
     """
     words = re.findall(r"\w+", question.reply.lower())
     if question.finish_reason == "length":
         return "cut_off"
     if len(words) < min_words:
         return "too_short"
+    if GARBLED.search(question.reply):
+        return "garbled"
     if CONTROL.search(visible(question.reply)):
         return "control_tokens"
     if _TO_THE_JUDGE.search(question.reply):

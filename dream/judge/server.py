@@ -27,6 +27,8 @@ TOP_LOGPROBS = 20
 """Likeliest tokens to ask for: the most that OpenAI and an unconfigured `vllm serve` give."""
 PATIENCE = 8
 """Requests in a row that may fail after all their retries; the rest of the batch is not sent to a dead server."""
+LONGEST_WAIT_S = 120.0
+"""Before a retry: the longest `Retry-After` that the library honours."""
 _HINTS = {401: "judge.server.api_key_env", 403: "judge.server.api_key_env", 404: "judge.server.base_url and model"}
 
 
@@ -50,6 +52,8 @@ class Server:
             timeout=config.timeout_s,
             max_retries=config.max_retries,
         )
+        # `timeout` is for each read, so an answer that trickles in needs a bound of its own.
+        self._patience_s = (config.max_retries + 1) * (config.timeout_s + LONGEST_WAIT_S)
         self._slots = asyncio.Semaphore(config.concurrency)
         self._answered = False
         self._failed_in_a_row = 0
@@ -84,20 +88,21 @@ class Server:
             async with self._slots:  # held through the waits between retries, which spares a busy server
                 if self._failed_in_a_row >= PATIENCE:
                     return None
-                answer = await self._client.chat.completions.create(
-                    model=self._config.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    max_tokens=self._config.max_tokens,
-                    temperature=0,
-                    logprobs=self._config.logprobs or openai.omit,
-                    top_logprobs=TOP_LOGPROBS if self._config.logprobs else openai.omit,
-                )
+                async with asyncio.timeout(self._patience_s):
+                    answer = await self._client.chat.completions.create(
+                        model=self._config.model,
+                        messages=[{"role": "user", "content": prompt}],
+                        max_tokens=self._config.max_tokens,
+                        temperature=0,
+                        logprobs=self._config.logprobs or openai.omit,
+                        top_logprobs=TOP_LOGPROBS if self._config.logprobs else openai.omit,
+                    )
         except openai.APIStatusError as error:
             if self._is_refusal(error.status_code):
                 raise self._refusal(error) from None  # the library's own text may hold the key
             self._failed_in_a_row += error.status_code >= 500
             return None
-        except (openai.OpenAIError, ValueError):  # no connection, no answer in time, or one that is no JSON
+        except (openai.OpenAIError, TimeoutError, ValueError, RecursionError):  # none in time, or no JSON
             self._failed_in_a_row += 1
             return None
         self._failed_in_a_row = 0

@@ -1,6 +1,6 @@
 """Benchmarks: what the product does beside the usual way of doing it (`make bench`, docs/BENCH.md).
 
-A row is one module of this folder, named like the row, with one function `measure() -> Row`; list it in `bench.ROWS`.
+Each module that `bench.ROWS` names has one function `measure() -> list[Row]` and gives the rows listed there.
 """
 
 from collections.abc import Sequence

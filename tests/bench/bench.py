@@ -20,25 +20,33 @@ from dream.store import write_json
 from dream.terminal import out
 from tests.bench import Row
 
-ROWS = ("dpo_vs_trl",)
-"""In the order of the table; each is a module beside this one."""
+ROWS = {
+    "generate_vs_raw_vllm": "generation",
+    "generate_vs_staged": "generation",
+    "generate_vs_hf": "generation",
+    "dpo_vs_trl": "dpo_vs_trl",
+    "reload_vs_restart": "reload_vs_restart",
+    "orchestrator_rps": "orchestrator_rps",
+    "growth_256_vs_16": "growth_256_vs_16",
+}
+"""The rows in the order of the table, and the module beside this one that measures each, together with its others."""
 RESULT = Path("runs/bench/bench.json")
 
 
-def measure(name: str) -> Row:
-    """Measures a row in this process."""
-    row = import_module(f"tests.bench.{name}").measure()
-    assert isinstance(row, Row)
-    return row
+def measure(module: str) -> list[Row]:
+    """Measures the rows of a module in this process."""
+    rows = import_module(f"tests.bench.{module}").measure()
+    assert all(isinstance(row, Row) for row in rows)
+    return list(rows)
 
 
-def measure_apart(name: str) -> Row:
-    """Measures a row in a process of its own: no row sees the memory, threads or engines of another.
+def measure_apart(module: str) -> list[Row]:
+    """Measures the rows of a module in a process of its own: none sees the memory, threads or engines of another.
 
     Whatever libraries print there goes to stderr.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.dup2, initargs=(2, 1)) as pool:
-        return pool.submit(measure, name).result()
+        return pool.submit(measure, module).result()
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -60,12 +68,12 @@ def main(names: Sequence[str]) -> int:
         return error.exit_code
     rows: list[Row] = []
     code = 0
-    for name in names or ROWS:
-        print(f"measuring {name}", file=sys.stderr)
+    for module in dict.fromkeys(ROWS[name] for name in names or ROWS):
+        print(f"measuring {module}", file=sys.stderr)
         try:
-            rows.append(measure_apart(name))
+            rows += measure_apart(module)
         except (DreamError, BrokenProcessPool) as error:
-            print(f"error: {name}: {error}", file=sys.stderr)
+            print(f"error: {module}: {error}", file=sys.stderr)
             code = 1
         write_json(RESULT, [row.model_dump() for row in rows])
     out.print(table(rows))

@@ -147,7 +147,7 @@ def require_same_losses(ours: Sequence[float], theirs: Sequence[float]) -> None:
             )
 
 
-def measure(model: str | None = None) -> Row:
+def measure(model: str | None = None) -> list[Row]:
     """Trains with either in turn; `model` is a folder in place of the configured model.
 
     Raises:
@@ -168,4 +168,4 @@ def measure(model: str | None = None) -> Row:
         for rate, trained in zip(rates, (ours, theirs), strict=True):
             rate.append(len(rows) / trained.seconds)
         print(f"pairs/s of ours {rates[0][-1]:.2f}, of TRL's {rates[1][-1]:.2f}", file=sys.stderr)
-    return paired_rates(Path(__file__).stem, *rates, target=2.0, unit="pairs/s")
+    return [paired_rates(Path(__file__).stem, *rates, target=2.0, unit="pairs/s")]
