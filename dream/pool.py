@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from dream.config import Config, EngineConfig
 from dream.engine import Completion, Engine, EngineStats, Sampling
@@ -65,9 +65,6 @@ class _EngineActor:
     def __init__(self, factory: EngineFactory) -> None:
         self._engine = factory()
         self._calls = CallTaker(self._engine)
-
-    async def start(self, weights: Path | None) -> None:
-        await self._engine.start(weights)
 
     async def take(self, calls: list[Call]) -> None:
         self._calls.take(calls)
@@ -150,17 +147,16 @@ class EnginePool:
     async def _start(self, replica: _Replica) -> None:
         loaded = self._weights
         try:
-            await replica.actor.start.remote(loaded)
+            await replica.link.call("start", loaded)
             while loaded != self._weights:  # the pool was given others meanwhile
                 loaded = self._weights
                 await replica.link.call("load_weights", loaded)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, DreamError):
-                raise cause from error
-            raise EngineError(f"the engine did not start: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
             raise EngineError(f"the engine's process ended while it started: {error}") from error
+        except DreamError:
+            raise
+        except Exception as error:
+            raise _raised("the engine did not start", error) from error
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         while True:
@@ -187,8 +183,8 @@ class EnginePool:
             raise _Lost from error
         except DreamError:
             raise
-        except Exception as error:  # whatever the engine raised
-            raise EngineError(f"an engine refused a call: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise _raised("an engine refused a call", error) from error
         finally:
             replica.in_flight -= 1
 
@@ -208,6 +204,11 @@ class EnginePool:
                 return await self._start(replica)
             except EngineError as error:
                 reason = error
+
+
+def _raised(what: str, error: Exception) -> EngineError:
+    """The error that says in words what an engine raised."""
+    return EngineError(f"{what}: {type(error).__name__}: {error}")
 
 
 def vllm_pool(config: Config, model: str) -> EnginePool:

@@ -22,7 +22,7 @@ from dream.sandbox import ENVIRONMENT
 from dream.template import Template, mentioned
 from dream.template_head import read_head, syntax_problem
 
-__all__ = ["ENVIRONMENT", "Template", "examine", "find", "load", "load_all", "mentioned", "selected"]
+__all__ = ["Template", "examine", "find", "load", "load_all", "mentioned", "selected"]
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 

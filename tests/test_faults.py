@@ -411,6 +411,26 @@ def test_weights_given_while_an_engine_starts_are_served(toys) -> None:
     assert asyncio.run(go()) == "2 new"
 
 
+@pytest.mark.parametrize("method", ["start", "load_weights"])
+def test_whatever_a_starting_engine_raises_is_one_line(toys, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """As it starts, or as it loads weights that the pool was given meanwhile."""
+
+    async def fail(toy: Toy, folder: Path | None = None) -> None:
+        raise ValueError("no such tensor")
+
+    async def go() -> None:
+        async def begin(toy: Toy) -> None:
+            pool._weights = Path("given meanwhile")
+
+        pool = toys(begin)
+        monkeypatch.setattr(Toy, method, fail)
+        async with pool:
+            raise AssertionError("it started")
+
+    with pytest.raises(EngineError, match="the engine did not start: ValueError: no such tensor"):
+        asyncio.run(go())
+
+
 def test_engine_lost_while_it_starts_again_is_started_again(toys) -> None:
     """A replacement that dies too, as on a node that is going, is replaced as long as restarts are left."""
 

@@ -9,7 +9,6 @@ Ours is `dream generate` without its start: scenarios, judge, filters, store and
 
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,19 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dream.config import Config, load
-from dream.embed import minilm
 from dream.engine import Completion, Engine, EngineStats, Sampling
-from dream.generate import RoundDreamer
-from dream.judge.combined import Judge, calibrated
-from dream.judge.gold import halves, read_gold
-from dream.judge.planted import planted
+from dream.judge.combined import Judge
 from dream.models import resolve
 from dream.paths import data_folder
 from dream.pool import vllm_pool
 from dream.records import Message
-from dream.store import RoundStore
 from dream.templates import Template, load_all
 from tests.bench import Row, paired_rates
+from tests.bench.dreaming import calibrated_judge, dream_round
 
 PAIRS = 24
 REPETITIONS = 2
@@ -66,10 +61,6 @@ class Recording:
 
     async def stats(self) -> EngineStats:
         return await self._engine.stats()
-
-    @property
-    def tokens(self) -> int:
-        return sum(sum(request.tokens) for request in self.requests)
 
 
 class Staged(Recording):
@@ -130,14 +121,7 @@ class Dreamed(NamedTuple):
 async def dreamed(engine: Recording, judge: Judge, templates: list[Template], config: Config) -> Dreamed:
     """One round of `config.generate.pairs` pairs, into a folder that is thrown away."""
     before = await engine.stats()
-    with tempfile.TemporaryDirectory() as folder:
-        store = RoundStore(Path(folder) / "round_01")
-        began = time.perf_counter()
-        await RoundDreamer(
-            engine, judge, store, templates, config, round_number=1, policy="bench", embed=minilm()
-        ).run()
-        seconds = time.perf_counter() - began
-        store.close()
+    seconds, _ = await dream_round(engine, judge, templates, config)
     after = await engine.stats()
     cached = (after.cached_tokens - before.cached_tokens) / max(1, after.prompt_tokens - before.prompt_tokens)
     return Dreamed(seconds, engine.requests, cached)
@@ -147,11 +131,8 @@ async def dreamed(engine: Recording, judge: Judge, templates: list[Template], co
 async def pipeline(config: Config, model: str) -> AsyncIterator[tuple[Engine, Judge, list[Template]]]:
     """The engine pool and the judge, both warm."""
     templates = load_all()
-    trained = [template for template in templates if template.front.split == "train"]
-    gold = halves([labelled for _, labelled in read_gold()])
-    known = planted(trained, config.judge.self_test_replies, config.seed)
     async with vllm_pool(config, model) as pool:
-        judge = await calibrated(pool, config, gold[0], known, gold[1])
+        judge = await calibrated_judge(pool, config, templates)
         few = config.model_copy(update={"generate": config.generate.model_copy(update={"pairs": 2})})
         await dreamed(Recording(pool), judge, templates, few)
         yield pool, judge, templates
