@@ -108,7 +108,7 @@ class Terminal:
 
     def ended(self, result: "RoundResult") -> None:
         """A round ended."""
-        self.line(f"round {result.round} {result.decision.word}: {result.decision.reason}")
+        self.line(f"round {result.round} {result.decision.said}")
 
     def _plain(self, text: str) -> None:
         now = time.monotonic()
@@ -229,7 +229,7 @@ def rounds_table(baseline: dict[str, Any] | None, results: "Sequence[RoundResult
     out.print(table)
     for result in results:
         if result.decision.decision == "roll_back":
-            out.print(f"round {result.round} was rolled back: {result.decision.reason}", highlight=False)
+            out.print(f"round {result.round} {result.decision.said}", highlight=False)
 
 
 def _figures(summary: dict[str, Any]) -> list[str]:

@@ -311,6 +311,8 @@ def test_a_failed_check_never_promotes(rise, shift, clear, flawed, retained, tok
     assert (decision.decision == "promote") == all(check.passed for check in decision.checks)
     assert decision.conclusive <= (decision.decision == "promote" or bool(failed(decision)))
     assert decision.conclusive != decision.reason.startswith("inconclusive: ")
+    assert decision.said.startswith(f"{decision.word}: ")
+    assert decision.said.count("inconclusive") == (not decision.conclusive)
     assert all(check.passed != bool(check.reason) for check in decision.checks)
     assert decision.decision == "promote" or all(check.reason in decision.reason for check in decision.checks)
     assert Decision.model_validate_json(decision.model_dump_json()) == decision

@@ -72,6 +72,11 @@ class Decision(Record):
             return "promoted"
         return "rolled back" if self.conclusive else "inconclusive"
 
+    @property
+    def said(self) -> str:
+        """The word and the reason; of an inconclusive round the reason begins with the word."""
+        return f"{self.word}: {self.reason.removeprefix(f'{self.word}: ')}"
+
 
 class Items(NamedTuple):
     """One value an item for the policy and for the candidate, in the same order."""
