@@ -1,4 +1,4 @@
-"""The pool of engines, one per Ray actor. The only module that imports ray.
+"""The pool of engines, one per Ray actor.
 
 The pool is itself an `Engine`, whose calls travel together (`dream.link`): it routes each call to the least loaded
 actor that is up, starts a dead or silent one again with the weights that are being served, and makes the calls that
@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,8 @@ class StartableEngine(Engine, Protocol):
 
 
 EngineFactory = Callable[[], StartableEngine]
+PLACE_S = 30.0
+"""How long an engine waits for a place before that is said."""
 
 
 def actor_resources(config: EngineConfig, on_gpu: bool) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def connect(address: str | None) -> None:
     if address:
         ray.init(address=address, **common)
     else:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # of 15 by default: the engine would wait for all else
         # Where clusters are possible, Ray makes the machine's own address of 127.0.0.1 and listens on all of them.
         ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(include_dashboard=False, object_store_memory=256 * 2**20, _node_ip_address="127.0.0.1", **common)
@@ -66,6 +69,9 @@ class _EngineActor:
         self._engine = factory()
         self._calls = CallTaker(self._engine)
 
+    async def placed(self) -> None:
+        """Answers as soon as there is an actor."""
+
     async def take(self, calls: list[Call]) -> None:
         self._calls.take(calls)
 
@@ -76,7 +82,7 @@ class _EngineActor:
 class _Replica:
     def __init__(self, actor: Any) -> None:
         self.in_flight = 0
-        self.replaced: asyncio.Task[None] | None = None
+        self.coming: asyncio.Task[None] | None = None
         self.put(actor)
 
     def put(self, actor: Any) -> None:
@@ -86,8 +92,8 @@ class _Replica:
 
     @property
     def down(self) -> bool:
-        """Whether it is being replaced."""
-        return self.replaced is not None and not self.replaced.done()
+        """Whether it is being started, for the first time or in the place of a lost one."""
+        return self.coming is not None and not self.coming.done()
 
 
 class _Lost(Exception):
@@ -95,7 +101,10 @@ class _Lost(Exception):
 
 
 class EnginePool:
-    """An `Engine` over `config.replicas` actors; use it as an async context manager."""
+    """An `Engine` over `config.replicas` actors, spread over the cluster; use it as an async context manager.
+
+    It is open as soon as one engine is up. The others join when they are, be it after the node that has room for them.
+    """
 
     def __init__(self, factory: EngineFactory, config: EngineConfig) -> None:
         self._factory, self._config = factory, config
@@ -105,14 +114,28 @@ class EnginePool:
 
     async def __aenter__(self) -> "EnginePool":
         self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
-        await asyncio.gather(*(self._start(replica) for replica in self._replicas))
+        for replica in self._replicas:
+            replica.coming = asyncio.ensure_future(self._start(replica))
+        try:
+            starts = [replica.coming for replica in self._replicas if replica.coming]
+            done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+            for start in done:
+                start.result()
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for replica in self._replicas:
-            if replica.replaced is not None:
-                replica.replaced.cancel()
+            if replica.coming is not None:
+                replica.coming.cancel()
             ray.kill(replica.actor)
+
+    @property
+    def up(self) -> int:
+        """How many engines answer now."""
+        return sum(not replica.down for replica in self._replicas)
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
         completions: list[Completion] = await self._call("generate", messages, sampling)
@@ -140,13 +163,16 @@ class EnginePool:
         return total
 
     def _new_actor(self) -> Any:
-        on_gpu = bool(ray.cluster_resources().get("GPU"))
-        options = {"max_concurrency": 4096, **actor_resources(self._config, on_gpu)}
+        options = {"max_concurrency": 4096, "scheduling_strategy": "SPREAD", **self._resources()}
         return ray.remote(_EngineActor).options(**options).remote(self._factory)
+
+    def _resources(self) -> dict[str, Any]:
+        return actor_resources(self._config, on_gpu=bool(ray.cluster_resources().get("GPU")))
 
     async def _start(self, replica: _Replica) -> None:
         loaded = self._weights
         try:
+            await self._placed(replica.actor)
             await replica.link.call("start", loaded)
             while loaded != self._weights:  # the pool was given others meanwhile
                 loaded = self._weights
@@ -157,6 +183,16 @@ class EnginePool:
             raise
         except Exception as error:
             raise _raised("the engine did not start", error) from error
+
+    async def _placed(self, actor: Any) -> None:
+        """Waits until Ray has found a node for an actor, and says so when that takes long."""
+        place = asyncio.ensure_future(_awaited(actor.placed.remote()))
+        if not (await asyncio.wait([place], timeout=PLACE_S))[0]:
+            logging.getLogger("dream").warning(
+                "an engine is not up yet: it needs a node with %s; free in the whole cluster: %s",
+                _listed(self._resources()), _listed(ray.available_resources()),
+            )  # fmt: skip
+        await place
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         while True:
@@ -171,15 +207,15 @@ class EnginePool:
             _Lost: the engine died or said nothing in time, and is being replaced.
             EngineError: it could not be replaced, or refused the call.
         """
-        if replica.replaced is not None:
-            await asyncio.shield(replica.replaced)
+        if replica.coming is not None:
+            await asyncio.shield(replica.coming)
         actor = replica.actor
         replica.in_flight += 1
         try:
             return await asyncio.wait_for(replica.link.call(method, *arguments), self._config.request_timeout_s)
         except (RayActorError, EngineDied, TimeoutError) as error:
             if replica.actor is actor and not replica.down:
-                replica.replaced = asyncio.ensure_future(self._replace(replica, error))
+                replica.coming = asyncio.ensure_future(self._replace(replica, error))
             raise _Lost from error
         except DreamError:
             raise
@@ -204,6 +240,16 @@ class EnginePool:
                 return await self._start(replica)
             except EngineError as error:
                 reason = error
+
+
+async def _awaited(answer: Awaitable[None]) -> None:
+    await answer
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    """Processors and GPUs of Ray's resources, by whatever name Ray calls them there."""
+    kept = {name.removeprefix("num_").upper().rstrip("S"): value for name, value in resources.items()}
+    return ", ".join(f"{kept.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
 def _raised(what: str, error: Exception) -> EngineError:

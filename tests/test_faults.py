@@ -556,6 +556,22 @@ def test_lost_node_is_survived(cluster: Cluster) -> None:
     assert lost not in after
 
 
+@pytest.mark.kill
+def test_engine_joins_with_its_node(cluster: Cluster) -> None:
+    """The pool works with the engines that have a place; a node that is added brings one more."""
+
+    async def go() -> None:
+        async with EnginePool(telling(), EngineConfig(replicas=5, request_timeout_s=60)) as pool:
+            assert (await pool.generate([user("where")], Sampling()))[0].text
+            node = cluster.add_node(num_cpus=2)
+            nodes: set[str] = set()
+            while node.node_id not in nodes:
+                answers = await asyncio.gather(*(pool.generate([user("where")], Sampling()) for _ in range(16)))
+                nodes |= {answer[0].text for answer in answers}
+
+    asyncio.run(asyncio.wait_for(go(), 300))
+
+
 SIGNALLED = """
 import asyncio, os, signal, sys, time
 from pathlib import Path

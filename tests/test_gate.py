@@ -83,8 +83,8 @@ def measured(
 
 
 def failed(decision: Decision) -> list[str]:
-    """The names of the checks that failed, the gain aside."""
-    return [check.name for check in decision.checks[1:] if not check.passed]
+    """The names of the checks that failed, the two gains aside."""
+    return [check.name for check in decision.checks[2:] if not check.passed]
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -113,8 +113,9 @@ def test_a_planted_gain_is_promoted(rise: float, noise: int) -> None:
 
 
 def test_the_least_gain_is_configured() -> None:
-    """A gain below `min_margin_gain` is not enough, however sure."""
-    decision = decide(measured(), measured(rise=0.3), GateConfig(min_margin_gain=0.5))
+    """Gains below what is configured are not enough, however sure."""
+    least = GateConfig(min_margin_gain=0.5, min_pair_accuracy_gain=0.9)
+    decision = decide(measured(), measured(rise=0.3), least)
     assert (decision.decision, decision.conclusive) == ("roll_back", False)
 
 
@@ -148,6 +149,42 @@ def test_drift_shows_where_hardly_a_pair_was_right() -> None:
     before, after = measured(shift=-3.0), measured(shift=-3.6)
     assert before.heldout.flawed.accuracy == 0
     assert failed(decide(before, after, CONFIG)) == ["flawed_preference"]
+
+
+def test_certainty_may_fall_where_more_pairs_are_right() -> None:
+    """A policy that complied in any case, mostly by a wide margin, and now tells more pairs apart by a narrow one."""
+    before, after = (
+        RoundEvaluation(
+            heldout=figures(np.stack([-d / 2, d / 2], -1), {"clear": [], "flawed": []}, 0),
+            fresh=None,
+            retention=Retention(arithmetic=[], facts=[], format=[], neutral=[], tasks={}),
+        )
+        for d in (
+            np.array([[[-3.0, -3.0], [-3.0, -3.0]]] * 15 + [[[0.1, 0.1], [-3.0, -3.0]]] * 5),
+            np.array([[[-0.5, -0.5], [0.5, 0.5]]] * 20),
+        )
+    )
+    assert after.heldout.clear.margin < before.heldout.clear.margin
+    assert decide(before, after, CONFIG).decision == "promote"
+
+
+def test_accuracy_promotes_where_the_margin_does_not_rise() -> None:
+    """Pairs that are right for the first time, at the price of the margin of those that were right by far."""
+    before, after = (
+        RoundEvaluation(
+            heldout=figures(np.stack([-d / 2, d / 2], -1), {"clear": [], "flawed": []}, 0),
+            fresh=None,
+            retention=Retention(arithmetic=[], facts=[], format=[], neutral=[], tasks={}),
+        )
+        for d in (
+            np.array([[[-2.0, -2.0], [2.0, 2.0]]] * 10 + [[[-0.2, -0.2], [-0.1, -0.1]]] * 10),
+            np.array([[[-1.9, -1.9], [1.9, 1.9]]] * 10 + [[[-0.2, -0.2], [0.1, 0.1]]] * 10),
+        )
+    )
+    decision = decide(before, after, CONFIG)
+    assert decision.decision == "promote"
+    assert "crossed accuracy rose by 0.500" in decision.reason
+    assert [check.passed for check in decision.checks[:2]] == [False, True]
 
 
 def test_lost_own_pairs_are_drift() -> None:
@@ -290,7 +327,7 @@ def test_what_was_not_measured_is_not_checked() -> None:
     decision = decide(before, after, CONFIG)
     assert decision.decision == "promote"
     assert {check.name for check in decision.checks} == {
-        "margin", "clear_own_accuracy", "flawed_own_accuracy", "clear_preference", "flawed_preference",
+        "margin", "accuracy", "clear_own_accuracy", "flawed_own_accuracy",
         "heldout_margin", "pair_accuracy", "chosen_logp",
     }  # fmt: skip
 
@@ -302,19 +339,21 @@ shares = st.sampled_from([0.2, 0.6, 0.75, 0.8, 1.0])
 @given(st.floats(-1, 1), st.floats(-1, 1), shares, shares, shares, st.integers(1, 60), st.integers(1, 4), st.booleans(),
        st.integers(0, 9))  # fmt: skip
 def test_a_failed_check_never_promotes(rise, shift, clear, flawed, retained, tokens, tens, fresh, noise) -> None:
-    """Of any candidate: it is promoted when all checks passed and only then; it is not rejected conclusively when no
-    guard failed; every failed check says why, in the decision's reason too."""
+    """Of any candidate: it is promoted when a gain and all guards passed and only then; it is not rejected conclusively
+    when no guard failed; every failed check says why, in the decision's reason too."""
     before = measured(count=tens * 10, fresh=fresh)
     after = measured(rise=rise, shift=shift, clear=clear, flawed=flawed, retained=retained, tokens=tokens,
                      count=tens * 10, fresh=fresh, noise=noise)  # fmt: skip
     decision = decide(before, after, CONFIG)
-    assert (decision.decision == "promote") == all(check.passed for check in decision.checks)
+    rose = any(check.passed for check in decision.checks[:2])
+    assert (decision.decision == "promote") == (rose and not failed(decision))
     assert decision.conclusive <= (decision.decision == "promote" or bool(failed(decision)))
     assert decision.conclusive != decision.reason.startswith("inconclusive: ")
     assert decision.said.startswith(f"{decision.word}: ")
     assert decision.said.count("inconclusive") == (not decision.conclusive)
     assert all(check.passed != bool(check.reason) for check in decision.checks)
-    assert decision.decision == "promote" or all(check.reason in decision.reason for check in decision.checks)
+    said = decision.checks[2 if rose else 0 :]
+    assert decision.decision == "promote" or all(check.reason in decision.reason for check in said)
     assert Decision.model_validate_json(decision.model_dump_json()) == decision
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from dream import pool as pool_module
 from dream.config import EngineConfig
 from dream.engine import Completion, EngineStats, Sampling
 from dream.errors import EngineError
@@ -32,9 +34,11 @@ def test_vllm_gets_the_configuration_and_no_remote_code() -> None:
     assert gpu["trust_remote_code"] is cpu["trust_remote_code"] is False
 
 
-def test_cpu_engine_uses_every_core() -> None:
-    """vLLM keeps a core back by default; here all that the process may use are bound."""
+def test_cpu_engine_uses_every_core_and_one_process() -> None:
+    """vLLM keeps a core back by default and has a process for its worker; here all that the process may use are bound
+    and the engine is its own worker."""
     environment = prepare_cpu_environment(3, [0, 1, 5])
+    assert (environment["OMP_NUM_THREADS"], environment["VLLM_ENABLE_V1_MULTIPROCESSING"]) == ("3", "0")
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,5"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
@@ -95,3 +99,25 @@ def test_engine_that_dies_again_and_again_ends_the_run_with_a_message(tmp_path: 
 
     with pytest.raises(EngineError, match=r"max_restarts.*the run can be continued"):
         asyncio.run(go())
+
+
+def test_pool_opens_with_the_first_engine_and_says_what_the_others_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine without a place keeps nobody waiting."""
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    connect(None)
+    everything = int(ray.cluster_resources()["CPU"])
+    monkeypatch.setattr(pool_module, "actor_resources", lambda config, on_gpu: {"num_cpus": everything})
+    monkeypatch.setattr(pool_module, "PLACE_S", 1.0)
+
+    async def go() -> list[list[Completion]]:
+        async with EnginePool(fragile(deaths, 0), EngineConfig(replicas=2)) as pool:
+            answers = await asyncio.gather(*(pool.generate([user(str(number))], Sampling()) for number in range(8)))
+            while not caplog.records:
+                await asyncio.sleep(0.1)
+            return answers
+
+    assert len(asyncio.run(asyncio.wait_for(go(), 120))) == 8
+    assert f"it needs a node with {everything} CPU, 0 GPU; free in the whole cluster: 0 CPU" in caplog.text

@@ -1,7 +1,8 @@
 """The gate: does a candidate become the policy? Pure functions over two evaluations on the same items.
 
-Every comparison is paired and made against chance: a gain must lie beyond it to promote; a fall that is larger than
-allowed and beyond it prevents that. Comply and push-back are gated apart, so that neither is bought with the other.
+Every comparison is paired and made against chance: a gain must lie beyond it to promote (of the crossed margin or of
+the crossed pair accuracy, with half the chance each); a fall that is larger than allowed and beyond it prevents that.
+Comply and push-back are gated apart, so that neither is bought with the other.
 
 Of twenty checks one finds a fall by chance. So a fall counts as evidence against a candidate (`conclusive`) only when
 it is beyond chance for that many checks (Bonferroni); else the candidate is rolled back and nothing was learned of it.
@@ -88,13 +89,18 @@ class Items(NamedTuple):
 def decide(before: RoundEvaluation, after: RoundEvaluation, config: GateConfig) -> Decision:
     """Compares a candidate with the policy before it."""
     both = (before, after)
-    gained = gain("margin", _together(both, "margin"), config.min_margin_gain, config.confidence)
+    gains = _gains(both, config)
     guards = _guards(both, config)
-    checks = [gained, *guards]
-    failed = "; ".join(check.reason for check in (*guards, gained) if not check.passed)
+    checks = [*gains, *guards]
+    rose = [one for one in gains if one.passed]
+    missed = [] if rose else gains
+    failed = "; ".join([*(check.reason for check in guards if not check.passed), *(one.reason for one in missed)])
     if not failed:
-        reason = f"crossed margin rose by {gained.after - gained.before:.3f} {_span(gained.change_ci)} and nothing fell"
-        return Decision(decision="promote", reason=reason, checks=checks)
+        reason = " and ".join(
+            f"crossed {one.name.replace('_', ' ')} rose by {one.after - one.before:.3f} {_span(one.change_ci)}"
+            for one in rose
+        )
+        return Decision(decision="promote", reason=f"{reason}, and nothing fell", checks=checks)
     surer = config.model_copy(update={"confidence": 1 - (1 - config.confidence) / len(guards)})
     if all(check.passed for check in _guards(both, surer)):
         fell = not all(check.passed for check in guards)
@@ -102,6 +108,15 @@ def decide(before: RoundEvaluation, after: RoundEvaluation, config: GateConfig) 
         reason = f"inconclusive: {failed}{why}"
         return Decision(decision="roll_back", conclusive=False, reason=reason, checks=checks)
     return Decision(decision="roll_back", reason=failed, checks=checks)
+
+
+def _gains(both: Both, config: GateConfig) -> list[Check]:
+    """What promotes: either of two looks at the same judgement, each with half the chance to err."""
+    sure = 1 - (1 - config.confidence) / 2
+    return [
+        gain("margin", _together(both, "margin"), config.min_margin_gain, sure),
+        gain("accuracy", _together(both, "pair_right"), config.min_pair_accuracy_gain, sure),
+    ]
 
 
 def _guards(both: Both, config: GateConfig) -> list[Check]:
@@ -120,18 +135,19 @@ def _likelihood_drift(both: Both, config: GateConfig) -> list[Check]:
 
     A small model's sampled replies mostly take no stance, so that there is little to lose, and where its share of right
     own pairs is near zero that is as blind. The preference, the mean of 1 / (1 + exp(-d)), is never: it sees a policy
-    that goes along (or argues) with everything, of which the crossed margin knows nothing.
+    that goes along (or argues) with everything, of which the crossed margin knows nothing. It is not asked where more
+    pairs are right than before: a policy that used to comply in any case loses certainty, and no stance, when it learns
+    to look (docs/LOG.md, "Certainty is not stance"), and no shift of all pairs one way makes more of them right.
     """
     allowed, sure = config.max_stance_drop, config.confidence
     checks = []
     for side, words in DRIFT.items():
         own = _together(both, f"{side}_own")
         right = Items(*([float(value > 0) for value in values] for values in own))
-        preference = Items(*([1 / (1 + math.exp(-value)) for value in values] for values in own))
-        checks += [
-            no_loss(f"{side}_own_accuracy", right, allowed, f"{words}, by likelihood", sure),
-            no_fall(f"{side}_preference", preference, allowed, f"{words}, by preference", sure),
-        ]
+        checks.append(no_loss(f"{side}_own_accuracy", right, allowed, f"{words}, by likelihood", sure))
+        if not mean(right.after) > mean(right.before):
+            preference = Items(*([1 / (1 + math.exp(-value)) for value in values] for values in own))
+            checks.append(no_fall(f"{side}_preference", preference, allowed, f"{words}, by preference", sure))
     return checks
 
 

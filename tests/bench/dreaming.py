@@ -12,6 +12,7 @@ from dream.generate import RoundDreamer
 from dream.judge.combined import Judge, calibrated
 from dream.judge.gold import halves, read_gold
 from dream.judge.planted import planted
+from dream.records import ContrastPair
 from dream.store import RoundStore
 from dream.templates import Template
 
@@ -27,13 +28,14 @@ async def calibrated_judge(engine: Engine | None, config: Config, templates: Seq
 
 async def dream_round(
     engine: Engine, judge: Judge, templates: Sequence[Template], config: Config
-) -> tuple[float, RoundDreamer]:
-    """The seconds that round 1 took, and its dreamer."""
+) -> tuple[float, RoundDreamer, list[ContrastPair]]:
+    """The seconds that round 1 took, its dreamer and its pairs."""
     with tempfile.TemporaryDirectory() as folder:
         store = RoundStore(Path(folder) / "round_01")
         began = time.perf_counter()
         dreamer = RoundDreamer(engine, judge, store, templates, config, round_number=1, policy="bench", embed=minilm())
         await dreamer.run()
         seconds = time.perf_counter() - began
+        pairs = list(store.pairs)
         store.close()
-    return seconds, dreamer
+    return seconds, dreamer, pairs

@@ -121,7 +121,7 @@ class Dreamed(NamedTuple):
 async def dreamed(engine: Recording, judge: Judge, templates: list[Template], config: Config) -> Dreamed:
     """One round of `config.generate.pairs` pairs, into a folder that is thrown away."""
     before = await engine.stats()
-    seconds, _ = await dream_round(engine, judge, templates, config)
+    seconds, _, _ = await dream_round(engine, judge, templates, config)
     after = await engine.stats()
     cached = (after.cached_tokens - before.cached_tokens) / max(1, after.prompt_tokens - before.prompt_tokens)
     return Dreamed(seconds, engine.requests, cached)

@@ -34,7 +34,7 @@ async def seconds_per_pair() -> dict[int, list[float]]:
             generate = config.generate.model_copy(update={"pairs": size})
             sized = config.model_copy(update={"generate": generate, "seed": config.seed + turn})
             engine = worked_engine(templates, sized, 20 + size // 3, DELAY_S)
-            seconds, dreamer = await dream_round(engine, judge, templates, sized)
+            seconds, dreamer, _ = await dream_round(engine, judge, templates, sized)
             summary = dreamer.summary()
             each = seconds / summary["accepted"]
             if turn:
