@@ -40,6 +40,9 @@ class EngineConfig(Section):
     "Sequences in one engine's batch."
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     "Share of a GPU's memory for weights and KV cache."
+    sleep_level: Literal[0, 1, 2] = 2
+    """While a step trains, the engines of a GPU give its memory back: 2 forgets the weights, which are loaded anew
+    afterwards, 1 keeps them in main memory, 0 keeps all where it is. A CPU's engines keep theirs."""
     cpu_kv_cache_gib: int = Field(2, ge=1)
     "GiB of KV cache on a CPU."
     trust_remote_code: bool = False
@@ -251,6 +254,8 @@ class TrainConfig(Section):
     "Preference pairs an optimiser step."
     micro_batch_size: int = Field(8, ge=1)
     "Preference pairs a forward pass."
+    workers: int = Field(1, ge=1)
+    "Processes that train together on a share of each batch each (Ray Train), one GPU each where there are GPUs."
     warmup: float = Field(0.1, ge=0, lt=1)
     "Share of the steps in which the rate rises."
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -302,6 +307,8 @@ class GateConfig(Section):
     "Of the intervals and tests: what lies within them is noise, which neither promotes nor rejects."
     min_margin_gain: float = 0.0
     "The interval of the gain in crossed margin (fresh and held-out scenarios together) must lie above this."
+    min_pair_accuracy_gain: float = Field(0.0, ge=0, lt=1)
+    "Or that of the gain in crossed pair accuracy above this."
     max_pair_accuracy_drop: float = Field(0.02, ge=0, le=1)
     "Fall of held-out crossed pair accuracy that is allowed."
     max_stance_drop: float = Field(0.02, ge=0, le=1)
@@ -349,8 +356,8 @@ class Config(Section):
     def _consistent(self) -> "Config":
         if self.train.optim == "apollo_adamw" and self.train.method == "lora":
             raise ValueError("train.optim: apollo_adamw is for full weights; set train.method to full")
-        if self.train.batch_size % self.train.micro_batch_size:
-            raise ValueError("train.batch_size must be a multiple of train.micro_batch_size")
+        if self.train.batch_size % (self.train.micro_batch_size * self.train.workers):
+            raise ValueError("train.batch_size must be a multiple of train.micro_batch_size times train.workers")
         return self
 
 

@@ -143,7 +143,7 @@ def _config_json(model: str) -> Path | None:
 def memory_findings(made: Plan, config: Config) -> list[Finding]:
     """The plan as lines: engines, the configured training step and the other ones, and what is in memory together.
 
-    Only what the configuration asks for can be not good. Today the engines keep their memory while a step trains.
+    Only what the configuration asks for can be not good.
     """
     device, engine, configured = made.device, made.engine, made.trainers[0]
     there = f"{_gib(device.total)} GiB" + (f" ({device.devices} GPUs)" if device.devices > 1 else "")
@@ -159,10 +159,12 @@ def memory_findings(made: Plan, config: Config) -> list[Finding]:
         *(_trainer_finding(trainer, trainer is configured, made, config, there) for trainer in made.trainers),
     ]  # fmt: skip
     if config.ray.address is None:  # the engines of a cluster may be elsewhere
-        both = engine.reserved + configured.peak
-        key = "engine.gpu_memory_utilization" if device.gpu else "engine.cpu_kv_cache_gib"
-        text = f"{'both together':17} {_gib(both)} of {there}, as engines keep their memory while a step trains"
-        advice = f": does not fit; lower {key}, train.micro_batch_size or train.max_length, or name a smaller model"
+        both, asleep = engine.resting + configured.peak, engine.resting < engine.reserved
+        key = "engine.gpu_memory_utilization, " if device.gpu else "engine.cpu_kv_cache_gib, "
+        lower = ("" if asleep else key) + "train.micro_batch_size or train.max_length"
+        how = "sleep" if asleep else "keep their memory"
+        text = f"{'both together':17} {_gib(both)} of {there}, as engines {how} while a step trains"
+        advice = f": does not fit; lower {lower}, or name a smaller model"
         findings.append(Finding("memory", both <= device.total, text + ("" if both <= device.total else advice)))
     return findings
 
@@ -177,7 +179,7 @@ def _engine_advice(made: Plan, config: Config) -> str:
 
 
 def _trainer_finding(trainer: TrainerPlan, configured: bool, made: Plan, config: Config, there: str) -> Finding:
-    names = ("weights", "adapter", "gradients", "moments", "activations", "logits", "beside")
+    names = ("weights", "adapter", "gradients", "moments", "activations", "logits", "beside", "merged")
     parts = {name: size for name in names if (size := getattr(trainer, name))}
     fits = trainer.peak <= made.device.total
     batch = largest_batch(config)

@@ -63,6 +63,9 @@ class Engine(Protocol):
     async def load_weights(self, folder: Path | None) -> None:
         """Serves the weights of a Hugging Face folder; None goes back to the model the engine started with."""
 
+    async def rest(self) -> None:
+        """Gives back what memory it can, for training; until weights are loaded again it answers nothing."""
+
     async def stats(self) -> EngineStats:
         """What the engine has done so far."""
 
@@ -110,6 +113,9 @@ class ScriptedEngine:
 
     async def load_weights(self, folder: Path | None) -> None:
         self.loaded.append(folder)
+
+    async def rest(self) -> None:
+        """There is nothing to give back."""
 
     async def stats(self) -> EngineStats:
         return EngineStats(generated_tokens=self._tokens)

@@ -164,6 +164,8 @@ class EnginePlan(NamedTuple):
     """KV cache of one sequence of `engine.max_model_len`, without which vLLM does not start."""
     reserved: int
     """Of all engines together."""
+    resting: int
+    """Of all engines together while a step trains: on a GPU what sleep leaves, a process each."""
 
 
 def engine_plan(shape: ModelShape, config: Config, device: Device) -> EnginePlan:
@@ -184,10 +186,11 @@ def engine_plan(shape: ModelShape, config: Config, device: Device) -> EnginePlan
     if device.gpu:
         share = int(engine.gpu_memory_utilization * device.memory)
         cache, reserved = share - weights - workspace, share * split * engine.replicas
+        resting = PROCESS * split * engine.replicas if engine.sleep_level else reserved
     else:
         cache = engine.cpu_kv_cache_gib * GIB
-        reserved = (weights + workspace + cache) * engine.replicas
-    return EnginePlan(weights, workspace, cache, kv_token, kv_token * engine.max_model_len, reserved)
+        resting = reserved = (weights + workspace + cache) * engine.replicas
+    return EnginePlan(weights, workspace, cache, kv_token, kv_token * engine.max_model_len, reserved, resting)
 
 
 class TrainerPlan(NamedTuple):
@@ -206,16 +209,18 @@ class TrainerPlan(NamedTuple):
     updating: int
     """Temporaries of the optimiser."""
     beside: int
-    """Before and after training (LoRA): norms of the weights in float64, and the merged weights to be served."""
+    """Before training (LoRA): norms of the weights in float64."""
+    merged: int
+    """After training (LoRA), in the policy's place: the merged weights to be served."""
     accumulates: bool
     """Whether gradients of earlier micro batches are there while the next one is computed."""
 
     @property
     def peak(self) -> int:
-        """The most that is held at once: in the backward pass, the optimiser's update, or beside training."""
+        """The most that is held at once: in the backward pass, the optimiser's update, before or after training."""
         backward = self.activations + self.logits + (self.gradients if self.accumulates else 0)
         trained = self.adapter + self.moments + max(backward, self.gradients + self.updating)
-        return self.process + self.weights + max(trained, self.adapter + self.beside)
+        return self.process + max(self.weights + max(trained, self.adapter + self.beside), self.merged)
 
 
 def trainer_plan(shape: ModelShape, train: TrainConfig, served: str, device: Device, batch: Batch) -> TrainerPlan:
@@ -249,7 +254,8 @@ def trainer_plan(shape: ModelShape, train: TrainConfig, served: str, device: Dev
         activations=activations(shape, train, device, batch) + (0 if device.gpu else 8 * DRIFT_TOKENS * shape.vocab),
         logits=logits,
         updating=updating,
-        beside=0 if full else max(merged, 16 * shape.embedding),
+        beside=0 if full else 16 * shape.embedding,
+        merged=0 if full else merged,
         accumulates=train.batch_size > train.micro_batch_size,
     )
 

@@ -110,6 +110,7 @@ class EnginePool:
         self._factory, self._config = factory, config
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
+        self._resting = False
         self.restarts = 0
 
     async def __aenter__(self) -> "EnginePool":
@@ -147,11 +148,19 @@ class EnginePool:
 
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights into every engine; one that is being started, or is started again later, gets them too."""
-        self._weights = folder
+        self._weights, self._resting = folder, False
         for replica in self._replicas:
             if not replica.down:
                 with suppress(_Lost):
                     await self._once(replica, "load_weights", folder)
+
+    async def rest(self) -> None:
+        """Lets every engine rest; one that comes up meanwhile rests too."""
+        self._resting = True
+        for replica in self._replicas:
+            if not replica.down:
+                with suppress(_Lost):
+                    await self._once(replica, "rest")
 
     async def stats(self) -> EngineStats:
         """Of the engines that are up; one that was started again has counted from zero."""
@@ -177,6 +186,8 @@ class EnginePool:
             while loaded != self._weights:  # the pool was given others meanwhile
                 loaded = self._weights
                 await replica.link.call("load_weights", loaded)
+            if self._resting:
+                await replica.link.call("rest")
         except RayActorError as error:
             raise EngineError(f"the engine's process ended while it started: {error}") from error
         except DreamError:

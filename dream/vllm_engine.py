@@ -69,6 +69,7 @@ def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) 
     if on_gpu:
         arguments["tensor_parallel_size"] = config.tensor_parallel
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+        arguments["enable_sleep_mode"] = config.sleep_level > 0
     else:
         arguments["enforce_eager"] = True  # compiling takes a minute and makes nothing faster on a CPU
         arguments["block_size"] = 32  # of 128 by default: prompts here are short, and only whole blocks are cached
@@ -82,6 +83,7 @@ class VLLMEngine:
         self._model, self._config, self._seed = model, config, seed
         self._ids = itertools.count()
         self._generated = self._prompted = self._cached = 0
+        self._sleeps = self._asleep = False
 
     async def start(self, weights: Path | None = None) -> None:
         """Starts the engine process and, where given, loads other weights into it.
@@ -92,6 +94,7 @@ class VLLMEngine:
         import torch
 
         on_gpu = torch.cuda.is_available()
+        self._sleeps = on_gpu and self._config.sleep_level > 0
         if not on_gpu:
             os.environ.update(prepare_cpu_environment(self._config.cpu_kv_cache_gib, sorted(os.sched_getaffinity(0))))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -146,9 +149,20 @@ class VLLMEngine:
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights in place, without a restart, and forgets the prefix cache of the old ones."""
         path = str(folder) if folder is not None else self._model
+        if self._asleep:
+            await self._engine.wake_up(tags=["weights"])
         await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
         await self._engine.collective_rpc("pack_vocabulary")
+        if self._asleep:  # only now, so that old and new weights and the cache are never there together
+            await self._engine.wake_up(tags=["kv_cache"])
+            self._asleep = False
         await self._engine.reset_prefix_cache()
+
+    async def rest(self) -> None:
+        """Puts a GPU's engine to sleep at `engine.sleep_level`."""
+        if self._sleeps and not self._asleep:
+            await self._engine.sleep(level=self._config.sleep_level)
+            self._asleep = True
 
     async def stats(self) -> EngineStats:
         return EngineStats(self._generated, self._prompted, self._cached)

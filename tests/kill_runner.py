@@ -83,6 +83,9 @@ class EngineProcess:
     async def load_weights(self, folder: Path | None) -> None:
         self._call("load_weights", folder)
 
+    async def rest(self) -> None:
+        self._call("rest")
+
     async def stats(self) -> EngineStats:
         return self._call("stats")
 

@@ -411,6 +411,31 @@ def test_weights_given_while_an_engine_starts_are_served(toys) -> None:
     assert asyncio.run(go()) == "2 new"
 
 
+def test_engine_that_starts_while_others_rest_rests_too(toys) -> None:
+    """The memory it would take is what training needs."""
+
+    async def go() -> list[int]:
+        ready = asyncio.Event()
+        rested: list[int] = []
+
+        async def begin(toy: Toy) -> None:
+            toy.rest = lambda: note(toy)
+            if toy.number == 2:
+                await ready.wait()
+
+        async def note(toy: Toy) -> None:
+            rested.append(toy.number)
+
+        async with toys(begin, replicas=2) as pool:
+            await pool.rest()
+            ready.set()
+            while pool.up < 2:
+                await asyncio.sleep(0.001)
+        return rested
+
+    assert asyncio.run(asyncio.wait_for(go(), 20)) == [1, 2]
+
+
 @pytest.mark.parametrize("method", ["start", "load_weights"])
 def test_whatever_a_starting_engine_raises_is_one_line(toys, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """As it starts, or as it loads weights that the pool was given meanwhile."""

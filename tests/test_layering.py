@@ -23,7 +23,7 @@ FLOORS = [
 """From the ground up; `dream.report` and `dream.cli` are the top, and `train` stands on these floors beside them."""
 
 ALLOWED = {
-    "ray": {"dream.pool"},
+    "ray": {"dream.pool", "train.workers"},
     "vllm": {"dream.vllm_engine"},
     "trl": {"train.dpo", "train.sft"},
     "peft": {"train.dpo", "train.sft", "train.checkpoints"},

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dream import doctor
-from dream.config import Config, parse, resolved
+from dream.config import Config, load, parse, resolved
 from dream.errors import ConfigError
 from dream.memory import (
     GIB,
@@ -26,6 +26,7 @@ from dream.memory import (
     shape_of,
     trainer_plan,
 )
+from dream.paths import data_folder
 from tests.toy import build_toy
 
 SMOLLM2 = {
@@ -170,6 +171,22 @@ def test_engine_takes_its_share(shape: ModelShape, device: Device) -> None:
     assert made.reserved == 2 * one
     assert one == int(0.5 * device.memory) if device.gpu else made.kv_cache == 3 * GIB
     assert made.sequence == made.kv_token * asked.engine.max_model_len
+
+
+def test_engines_of_a_gpu_rest_while_a_step_trains() -> None:
+    """configs/gpu.yaml, an 8B model under an adapter, fits its card of 24 GB only because engine and trainer take
+    turns there and the merged model takes the policy's place."""
+    asked, _ = load(data_folder("configs") / "gpu.yaml", ["engine.dtype=bfloat16", "train.bf16=true"])
+    granite = {
+        "num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 12800, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 49159, "tie_word_embeddings": True, "dtype": "bfloat16",
+    }  # fmt: skip
+    card = Device(24 * GIB, 1, gpu=True)
+    made = plan(shape_of(granite, "test"), asked, card)
+    assert all(one.good for one in doctor.memory_findings(made, asked))
+    assert made.trainers[0].merged + made.trainers[0].weights > card.memory
+    awake = plan(shape_of(granite, "test"), config(engine={"sleep_level": 0}), card).engine
+    assert awake.resting == awake.reserved > made.engine.resting
 
 
 @given(shapes, devices, st.sampled_from(["lora", "full"]), st.booleans(), st.integers(1, 8), st.integers(64, 2048))

@@ -14,7 +14,7 @@ from dream.engine import Completion, EngineStats, Sampling
 from dream.errors import EngineError
 from dream.pool import EnginePool, actor_resources, connect
 from dream.records import user
-from dream.vllm_engine import EngineDied, engine_arguments, prepare_cpu_environment
+from dream.vllm_engine import EngineDied, VLLMEngine, engine_arguments, prepare_cpu_environment
 
 
 def test_gpu_engine_asks_for_its_gpus() -> None:
@@ -29,9 +29,49 @@ def test_vllm_gets_the_configuration_and_no_remote_code() -> None:
     config = EngineConfig(tensor_parallel=2, dtype="bfloat16", gpu_memory_utilization=0.7)
     gpu, cpu = (engine_arguments("m", config, seed=3, on_gpu=on_gpu) for on_gpu in (True, False))
     assert (gpu["tensor_parallel_size"], gpu["gpu_memory_utilization"], gpu["seed"]) == (2, 0.7, 3)
+    assert gpu["enable_sleep_mode"] is True
+    assert "enable_sleep_mode" not in cpu
+    assert engine_arguments("m", EngineConfig(sleep_level=0), 1, on_gpu=True)["enable_sleep_mode"] is False
     assert (cpu["enforce_eager"], cpu["block_size"]) == (True, 32)
     assert "tensor_parallel_size" not in cpu
     assert gpu["trust_remote_code"] is cpu["trust_remote_code"] is False
+
+
+class SleepingEngine:
+    """vLLM's engine as far as sleep goes: what it was told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    async def sleep(self, level: int) -> None:
+        self.told.append(f"sleep {level}")
+
+    async def wake_up(self, tags: list[str]) -> None:
+        self.told.append(f"wake {' '.join(tags)}")
+
+    async def collective_rpc(self, method: str, **_: Any) -> None:
+        self.told.append(method)
+
+    async def reset_prefix_cache(self) -> None:
+        self.told.append("reset")
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_engine_sleeps_while_a_step_trains(sleeps: bool) -> None:
+    """A GPU's engine forgets its weights for training and gets the new ones before its cache; a CPU's keeps all."""
+    engine = VLLMEngine("m", EngineConfig(), seed=1)
+    engine._engine, engine._sleeps = SleepingEngine(), sleeps
+
+    async def go() -> list[str]:
+        for _ in range(2):  # a second time changes nothing
+            await engine.rest()
+        await engine.load_weights(Path("new"))
+        await engine.load_weights(Path("newer"))
+        return engine._engine.told
+
+    loading = ["reload_weights", "pack_vocabulary"]
+    first = ["sleep 2", "wake weights", *loading, "wake kv_cache", "reset"] if sleeps else [*loading, "reset"]
+    assert asyncio.run(go()) == [*first, *loading, "reset"]
 
 
 def test_cpu_engine_uses_every_core_and_one_process() -> None:

@@ -48,13 +48,18 @@ class PolicyEngine(ScriptedEngine):
     def __init__(self, write: Callable, likelihood: Callable) -> None:
         super().__init__(write, self.score_plain)
         self.likelihood, self.skill = likelihood, skill_of(None)
+        self.resting = False
+
+    async def rest(self) -> None:
+        self.resting = True
 
     async def load_weights(self, folder: Path | None) -> None:
         await super().load_weights(folder)
-        self.skill = skill_of(folder)
+        self.skill, self.resting = skill_of(folder), False
 
     def score_plain(self, messages: Sequence[Message], reply: str) -> float:
         """Plain prompts by skill; steering prompts, which the judge asks about, by the shared script."""
+        assert not self.resting, "asked while it rests"
         asked = re.search(
             r"have (\d+) \w+ in the store\. Write a label that says (\d+) \w+\.$", messages[-1]["content"]
         )
@@ -136,6 +141,7 @@ class World:
 
     def train(self, spec: StepSpec, folder: Path) -> None:
         """A training step that appears whole: weights are one number, and the probes are scored as the engine would."""
+        assert self.engine.resting, "the engine keeps the memory that training needs"
         number = int(folder.name.removeprefix("round_"))
         half = folder / ".train.tmp"
         for part in ("weights", "masters" if spec.train.method == "full" else "adapter"):

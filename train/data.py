@@ -59,6 +59,8 @@ class StepSpec(Record):
     """Texts that are not trained on, on which KL is measured."""
     sft: bool = False
     """Whether a warm-up goes before."""
+    ray_address: str | None = None
+    """The Ray cluster in which several workers train; None starts one on this machine."""
 
 
 def round_rows(

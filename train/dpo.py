@@ -84,13 +84,15 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         nll = -logps[::2] / inputs["lengths"][::2].clamp(min=1)
         delta = preference(logps, inputs, self._train)
         losses = conservative_loss(delta, self.beta, inputs["flip_probability"]) + self._train.nll_weight * nll
-        loss = (inputs["weight"] * losses).sum() / self._rows_per_step
+        # Gradients are averaged over the workers, of which each has its part of the step's rows.
+        loss: torch.Tensor = (inputs["weight"] * losses).sum() / self._rows_per_step * self.accelerator.num_processes
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the loss became {loss.item()} in step {self.state.global_step + 1}; lower train.learning_rate"
             )
-        self._metrics["train"]["margin"] += (self.beta * delta.detach()).tolist()
-        self._metrics["train"]["accuracy"] += (delta.detach() > 0).float().tolist()
+        delta = self.accelerator.gather(delta.detach())
+        self._metrics["train"]["margin"] += (self.beta * delta).tolist()
+        self._metrics["train"]["accuracy"] += (delta > 0).float().tolist()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -150,23 +152,29 @@ def training_order(encoded: Sequence[Encoded], batch_size: int) -> list[int]:
 
 
 def data_set(
-    encoded: Sequence[Encoded], reference: Scores, weights: Sequence[float], flip: float, batch_size: int
+    encoded: Sequence[Encoded], reference: Scores, weights: Sequence[float], flip: float, train: TrainConfig
 ) -> Dataset:
-    """The rows as the trainer takes them, in training order; `reference` are scores and `flip` is e of the loss."""
-    return Dataset.from_list(
-        [
-            {
-                "prompt_ids": encoded[i].prompt,
-                "chosen_ids": encoded[i].chosen,
-                "rejected_ids": encoded[i].rejected,
-                "ref_chosen_logps": reference[i][0],
-                "ref_rejected_logps": reference[i][1],
-                "flip_probability": flip,
-                "weight": weights[i],
-            }
-            for i in training_order(encoded, batch_size)
-        ]
-    )
+    """The rows as the trainer takes them, in training order; `reference` are scores and `flip` is e of the loss.
+
+    With several workers rows without weight fill up the last micro batches, so that all workers get as many.
+    """
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt_ids": encoded[i].prompt,
+            "chosen_ids": encoded[i].chosen,
+            "rejected_ids": encoded[i].rejected,
+            "ref_chosen_logps": reference[i][0],
+            "ref_rejected_logps": reference[i][1],
+            "flip_probability": flip,
+            "weight": weights[i],
+        }
+        for i in training_order(encoded, train.batch_size)
+    ]
+    if train.workers > 1:
+        short = {name: rows[-1][name][:1] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        nothing = {**rows[-1], **short, "weight": 0.0}
+        rows += [nothing] * (-len(rows) % (train.micro_batch_size * train.workers))
+    return Dataset.from_list(rows)
 
 
 def dpo_arguments(train: TrainConfig, folder: str, seed: int) -> DPOConfig:

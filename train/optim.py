@@ -40,7 +40,7 @@ def arguments(train: TrainConfig, folder: str, seed: int, learning_rate: float) 
     return {
         "output_dir": folder,
         "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * train.workers),
         "num_train_epochs": 1,
         "learning_rate": learning_rate,
         "max_grad_norm": train.max_grad_norm,

@@ -126,6 +126,8 @@ async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvalua
     pairs = stored_pairs(loop.run, number)
     dropped = drop_reasons(folder)
     rate = loop.config.train.learning_rate * 0.5**rejected
+    if not (folder / "train").exists():
+        await loop.engine.rest()
     candidate = train_candidate(loop, folder, number, policy, pairs, rate)
     await serve(loop, candidate)
     await prove_served(loop, folder)
@@ -220,6 +222,7 @@ def train_candidate(
             probes=probes(loop.templates),
             heldout=heldout_texts(loop.templates, loop.config.seed),
             sft=config.sft_warmup and policy.round == 0,
+            ray_address=loop.config.ray.address,
         )
         loop.train(spec, folder)
     loop.reporter.trained(str(read_json(out / "ledger.json")["summary"]))

@@ -4,18 +4,22 @@ Reads a `StepSpec`, prints a JSON line per optimiser step to stdout (all else go
 `adapter/` (LoRA) or `masters/` (float32, full weights served in less), `weights/` (merged, as served), `ledger.json`,
 `probes.json`. The folder appears when everything in it is there; a killed step leaves nothing and is begun again.
 
-Not covered: several workers (one process; a model larger than one GPU is spread over those it sees).
+With `train.workers` every worker runs this step on its share of the rows (`train.workers`). Without, there is one
+process, and a model larger than one GPU is spread over those it sees.
 """
 
 import gc
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
 from dream.errors import DataError
@@ -59,7 +63,14 @@ def run(spec: StepSpec, report: Report) -> None:
         TrainingError: the loss or gradient left the finite numbers, or a folder of an earlier step cannot be loaded.
         StorageError: the result could not be written.
     """
-    with whole_folder(Path(spec.out)) as folder, tempfile.TemporaryDirectory() as scratch:
+    workers = PartialState(cpu=not torch.cuda.is_available())  # as the trainer's arguments will have it
+    if spec.train.workers > workers.num_processes:
+        from train.workers import run_on_workers  # Ray takes seconds to import
+
+        run_on_workers(run, spec, report)
+        return
+    result = whole_folder(Path(spec.out)) if workers.is_main_process else nullcontext(Path(os.devnull))
+    with result as folder, tempfile.TemporaryDirectory() as scratch:
         began = time.monotonic()
         set_seed(spec.seed)
         train = spec.train
@@ -93,7 +104,7 @@ def run(spec: StepSpec, report: Report) -> None:
         trainer = ConservativeDPOTrainer(
             model=policy,
             args=dpo_arguments(train, f"{scratch}/dpo", spec.seed),
-            train_dataset=data_set(encoded, reference, weights, spec.flip_probability, train.batch_size),
+            train_dataset=data_set(encoded, reference, weights, spec.flip_probability, train),
             processing_class=load_tokenizer(spec.model, spec.trust_remote_code),
             train=train,
             rows_per_step=min(train.batch_size, len(rows)),
@@ -103,6 +114,8 @@ def run(spec: StepSpec, report: Report) -> None:
         budget = Budget(meter, train)
         trainer.add_callback(budget)
         trainer.train()
+        if not workers.is_main_process:
+            return
         steps, planned = trainer.state.global_step, trainer.state.max_steps
         del trainer
         trained = time.monotonic()
@@ -190,6 +203,7 @@ def save_policy(
     trust = spec.trust_remote_code
     if spec.train.method == "lora":
         policy.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], safe_serialization=True)
+        policy.to("meta")  # frees its memory, whoever still holds it: the merged model is as large
         base = load_model(spec.model, "auto", trust)
         served = merge_adapters(base, spec.adapter, str(folder / "adapter"), dtype, meter.add)
     else:

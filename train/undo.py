@@ -98,6 +98,7 @@ def prepare(run: Path, config: Config, templates: Sequence[Template], model: str
         train=config.train.model_copy(
             update={
                 "method": "lora" if policy.adapter else "full",
+                "workers": 1,
                 "batch_size": 2,
                 "micro_batch_size": min(2, config.train.micro_batch_size),
                 "warmup": 0.0,
@@ -228,7 +229,7 @@ def run(spec: UndoSpec, report: Callable[[dict[str, Any]], None]) -> None:
             ConservativeDPOTrainer(
                 model=policy,
                 args=dpo_arguments(train, scratch, spec.seed),
-                train_dataset=data_set(encoded, reference, [1.0] * len(rows), spec.flip_probability, train.batch_size),
+                train_dataset=data_set(encoded, reference, [1.0] * len(rows), spec.flip_probability, train),
                 processing_class=tokenizer,
                 train=train,
                 rows_per_step=train.batch_size,

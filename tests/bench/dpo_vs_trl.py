@@ -77,7 +77,7 @@ def train_ours(model: str, train: TrainConfig, rows: Sequence[PreferencePair], s
         ConservativeDPOTrainer(
             model=policy,
             args=dpo_arguments(train, folder, seed),
-            train_dataset=data_set(encoded, reference, weights, flip=0.0, batch_size=train.batch_size),
+            train_dataset=data_set(encoded, reference, weights, 0.0, train),
             processing_class=tokenizer,
             train=train,
             rows_per_step=min(train.batch_size, len(rows)),

@@ -59,6 +59,9 @@ class Recording:
     async def load_weights(self, folder: Path | None) -> None:
         await self._engine.load_weights(folder)
 
+    async def rest(self) -> None:
+        await self._engine.rest()
+
     async def stats(self) -> EngineStats:
         return await self._engine.stats()
 
