@@ -12,6 +12,7 @@ from dream.config import TrainConfig
 from train.checkpoints import load_tokenizer
 from train.data import encode, lay_out
 from train.dpo import conservative_loss, preference
+from train.ledger import rewarded
 from train.optim import rate_factor
 from train.scoring import score_pairs
 
@@ -113,7 +114,10 @@ def test_preference_is_what_the_settings_say(weight: float, normalized: bool) ->
         torch.tensor([-4.0, -8.0]), batch, TrainConfig(reference_weight=weight, length_normalized=normalized)
     )
     chosen, rejected = -4 + weight * 6, -8 + weight * 9
-    assert found.item() == pytest.approx(chosen / 2 - rejected / 4 if normalized else chosen - rejected)
+    wanted = chosen / 2 - rejected / 4 if normalized else chosen - rejected
+    assert found.item() == pytest.approx(wanted)
+    settings = TrainConfig(reference_weight=weight, length_normalized=normalized, beta=3)
+    assert rewarded((-4, -8), (-6, -9), (2, 4), settings) == pytest.approx(3 * wanted)  # the ledger says the same
 
 
 def test_warm_up_raises_the_chosen_replies_before_dpo(toy_model: Path, tmp_path: Path) -> None:

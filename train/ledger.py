@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dream.config import TrainConfig
+
 GROUPS: tuple[tuple[str, str], ...] = (
     ("attention q", r"\.(q_proj|wq|query)\b"),
     ("attention k", r"\.(k_proj|wk|key)\b"),
@@ -83,19 +85,19 @@ def preference_figures(
     after: Sequence[tuple[float, float]],
     reference: Sequence[tuple[float, float]],
     lengths: Sequence[tuple[int, int]],
-    beta: float,
+    train: TrainConfig,
 ) -> dict[str, Any]:
     """Log-probabilities, reward margin and accuracy over a round's rows, before and after training.
 
     Rows are (chosen, rejected), log-probabilities summed over reply tokens in nats, lengths in tokens. The reward of a
-    reply is beta * (log p - log p_reference) (DPO, arXiv 2305.18290, equation 5); a row is right when chosen's reward
-    is the larger one. A falling `chosen` mean is likelihood displacement (arXiv 2410.08847).
+    reply is beta * (log p - w log p_reference) (DPO, arXiv 2305.18290, equation 5) with w `train.reference_weight`, by
+    token where `train.length_normalized` is set: what the loss compares. A row is right when chosen's reward is the
+    larger one. A falling `chosen` mean is likelihood displacement (arXiv 2410.08847).
     """
     figures: dict[str, Any] = {}
     for label, scores in (("reference", reference), ("before", before), ("after", after)):
         rewards = [
-            beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-            for (chosen, rejected), (ref_chosen, ref_rejected) in zip(scores, reference, strict=True)
+            rewarded(now, then, count, train) for now, then, count in zip(scores, reference, lengths, strict=True)
         ]
         figures[label] = {
             **{
@@ -109,6 +111,17 @@ def preference_figures(
             "accuracy": _mean([float(reward > 0) for reward in rewards]),
         }
     return figures
+
+
+def rewarded(
+    scores: tuple[float, float], reference: tuple[float, float], lengths: tuple[int, int], train: TrainConfig
+) -> float:
+    """How much larger chosen's reward is than rejected's."""
+    chosen, rejected = (
+        (now - train.reference_weight * then) / (max(1, count) if train.length_normalized else 1)
+        for now, then, count in zip(scores, reference, lengths, strict=True)
+    )
+    return train.beta * (chosen - rejected)
 
 
 def summary(ledger: dict[str, Any]) -> str:

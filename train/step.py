@@ -146,7 +146,7 @@ def run(spec: StepSpec, report: Report) -> None:
                 after=[after[i] for i in kept],
                 reference=[reference[i] for i in kept],
                 lengths=[(len(encoded[i].chosen), len(encoded[i].rejected)) for i in kept],
-                beta=train.beta,
+                train=train,
             ),
             "seconds": {
                 "prepare": loaded - began,

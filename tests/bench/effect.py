@@ -1,0 +1,137 @@
+"""What runs did to the policy, from their folders: `python -P -m tests.bench.effect [--svg FILE] NAME=RUN ...`.
+
+For each run the initial policy beside the one it ended with (`--candidate`: beside its last candidate, promoted or
+not), on the run's own fixed scenarios, every change with its paired interval; and a plot of either side's own pairs.
+What docs/EFFECT.md shows is its output.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dream.engine import mean
+from train.evals import Evaluation, RoundEvaluation
+from train.gate import Items, change
+from train.rounds import RoundResult, finished_rounds, read_policy, stored_evaluation
+
+CONFIDENCE = 0.95
+COLOURS = {"clear": "#2f6fa7", "flawed": "#c2562d"}
+LEFT, WIDTH, LINE = 190, 420, 26
+
+
+class Shown(NamedTuple):
+    """A run by its name: the initial policy and the one it is compared with."""
+
+    name: str
+    before: RoundEvaluation
+    after: RoundEvaluation
+    last: RoundResult
+
+
+def shown(argument: str, candidate: bool) -> Shown:
+    """NAME=RUN read from its folder."""
+    name, _, folder = argument.rpartition("=")
+    run = Path(folder)
+    results = finished_rounds(run)
+    number = results[-1].round if candidate else read_policy(run).round
+    return Shown(name or run.name, stored_evaluation(run, 0), stored_evaluation(run, number), results[-1])
+
+
+def figures(before: Evaluation, after: Evaluation) -> dict[str, Items]:
+    """What is compared, item by item: crossed figures; either side's own pairs and sampled replies, right or not."""
+
+    def right(side: str) -> Items:
+        return Items(*([float(value > 0) for value in one.items[f"{side}_own"]] for one in (before, after)))
+
+    found = {
+        "strict crossed": Items(before.items["pair_right"], after.items["pair_right"]),
+        "crossed margin": Items(before.items["margin"], after.items["margin"]),
+        "own pairs, clear": right("clear"),
+        "own pairs, flawed": right("flawed"),
+    }
+    for side, stance in (("clear", "comply"), ("flawed", "push back")):
+        if before.items[f"{side}_right"]:
+            found[f"sampled: {stance} on {side}"] = Items(before.items[f"{side}_right"], after.items[f"{side}_right"])
+    return found
+
+
+def table(run: Shown) -> list[str]:
+    """Markdown lines."""
+    lines = [f"| {run.name} | before | after | change, 95 % |", "| --- | --- | --- | --- |"]
+    for where, before, after in (
+        ("fresh", run.before.fresh, run.after.fresh),
+        ("held-out", run.before.heldout, run.after.heldout),
+    ):
+        if before is None or after is None:
+            continue
+        for name, items in figures(before, after).items():
+            lines.append(line(f"{where}: {name}", items))
+        ranked = f"{before.ranked_accuracy:.3f} | {after.ranked_accuracy:.3f}"
+        own = f"{before.own_pair_accuracy:.3f} | {after.own_pair_accuracy:.3f}"
+        lines += [f"| {where}: ranked | {ranked} | |", f"| {where}: own pairs, both sides | {own} | |"]
+    kinds = ("arithmetic", "facts", "format")
+    answers = [[a for kind in kinds for a in getattr(one.retention, kind)] for one in (run.before, run.after)]
+    lines.append(line("retention", Items(*answers)))
+    return lines
+
+
+def line(name: str, items: Items) -> str:
+    """A row of the table."""
+    ci = change(items, CONFIDENCE)
+    span = "unknown" if ci is None else f"[{ci[0]:+.3f}, {ci[1]:+.3f}]"
+    return f"| {name} | {mean(items.before):.3f} | {mean(items.after):.3f} | {span} |"
+
+
+def plot(runs: Sequence[Shown]) -> str:
+    """An SVG: for each run the share of either side's own pairs that were right, before (ring) and after (dot)."""
+    body, y = [], 40
+    for run in runs:
+        body.append(f'<text x="12" y="{y + LINE - 4}">{run.name}</text>')
+        body.append(f'<text x="12" y="{y + LINE + 12}" class="small">{run.last.decision.word}</text>')
+        for side, colour in COLOURS.items():
+            y += LINE
+            a, b = (mean([float(v > 0) for one in parts(which) for v in one.items[f"{side}_own"]])
+                    for which in (run.before, run.after))  # fmt: skip
+            x1, x2 = (LEFT + WIDTH * value for value in (a, b))
+            body.append(
+                f'<line x1="{x1:.0f}" y1="{y - 8}" x2="{x2:.0f}" y2="{y - 8}" stroke="{colour}" stroke-width="3"/>'
+                f'<circle cx="{x1:.0f}" cy="{y - 8}" r="5" fill="#fff" stroke="{colour}" stroke-width="2"/>'
+                f'<circle cx="{x2:.0f}" cy="{y - 8}" r="5" fill="{colour}"/>'
+                f'<text x="{max(x1, x2) + 10:.0f}" y="{y - 4}" class="small">{side} {a:.2f} to {b:.2f}</text>'
+            )
+        y += LINE // 2
+    ticks = "".join(
+        f'<line x1="{LEFT + WIDTH * k / 4:.0f}" y1="36" x2="{LEFT + WIDTH * k / 4:.0f}" y2="{y + 4}" stroke="#ddd"/>'
+        f'<text x="{LEFT + WIDTH * k / 4 - 8:.0f}" y="{y + 20}" class="small">{k / 4:.2f}</text>'
+        for k in range(5)
+    )
+    size = f'width="760" height="{y + 32}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="14">'
+        f'<style>.small{{font-size:11px;fill:#555}}</style><rect {size} fill="#fff"/>'
+        f'<text x="12" y="22">Own pairs decided rightly, before (ring) and after (dot)</text>{ticks}'
+        f"{''.join(body)}</svg>\n"
+    )
+
+
+def parts(one: RoundEvaluation) -> list[Evaluation]:
+    """Held-out and fresh scenarios."""
+    return [one.heldout, *([one.fresh] if one.fresh else [])]
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the tables and writes the plot."""
+    candidate = "--candidate" in arguments
+    rest = [argument for argument in arguments if argument != "--candidate"]
+    svg = rest.pop(rest.index("--svg") + 1) if "--svg" in rest else None
+    runs = [shown(argument, candidate) for argument in rest if argument != "--svg"]
+    for run in runs:
+        print("\n".join([*table(run), f"\nLast round {run.last.decision.said}\n"]))
+    if svg:
+        Path(svg).write_text(plot(runs), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
