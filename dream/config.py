@@ -236,6 +236,9 @@ class TrainConfig(Section):
     "Compare mean instead of summed log-probabilities of replies; `beta` then wants to be 10 to 50 times larger."
     reference_weight: float = Field(1.0, ge=0, le=1)
     "How much of the reference's preference is taken off: 1 is DPO, 0 compares the policy's own likelihoods (SimPO)."
+    clip_reference: bool = False
+    """Take a reference that prefers the rejected reply as undecided (HyPO): a row that it has wrong must become right
+    by itself, and one that it has right must not become less so."""
     flip_probability: float | Literal["judge"] = "judge"
     "Conservative DPO: the probability that a pair's label is wrong; `judge` takes the judge's measured error."
     reference: Literal["previous", "initial"] = "previous"

@@ -103,20 +103,19 @@ def test_losses_are_those_of_trl(toy_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("normalized", [False, True])
-def test_preference_is_what_the_settings_say(weight: float, normalized: bool) -> None:
-    """Log-ratios of chosen minus rejected, the reference weighed, by token where asked: by hand."""
+@pytest.mark.parametrize("clip", [False, True])
+def test_preference_is_what_the_settings_say(weight: float, normalized: bool, clip: bool) -> None:
+    """Log-ratios of chosen minus rejected, the reference weighed, by token where asked: by hand. By token the reference
+    prefers the rejected reply, which counts as undecided where it is clipped."""
     batch = {
         "ref_chosen_logps": torch.tensor([-6.0]),
         "ref_rejected_logps": torch.tensor([-9.0]),
         "lengths": torch.tensor([2, 4]),
     }
-    found = preference(
-        torch.tensor([-4.0, -8.0]), batch, TrainConfig(reference_weight=weight, length_normalized=normalized)
-    )
-    chosen, rejected = -4 + weight * 6, -8 + weight * 9
-    wanted = chosen / 2 - rejected / 4 if normalized else chosen - rejected
-    assert found.item() == pytest.approx(wanted)
-    settings = TrainConfig(reference_weight=weight, length_normalized=normalized, beta=3)
+    settings = TrainConfig(reference_weight=weight, length_normalized=normalized, clip_reference=clip, beta=3)
+    policy, reference = (-4 / 2 + 8 / 4, -6 / 2 + 9 / 4) if normalized else (-4 + 8, -6 + 9)
+    wanted = policy - weight * (0 if clip and reference < 0 else reference)
+    assert preference(torch.tensor([-4.0, -8.0]), batch, settings).item() == pytest.approx(wanted)
     assert rewarded((-4, -8), (-6, -9), (2, 4), settings) == pytest.approx(3 * wanted)  # the ledger says the same
 
 

@@ -50,38 +50,40 @@ def engine(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children(recursive=True) if "".join(child.cmdline()).startswith(names)]
 
 
-@pytest.mark.parametrize(
-    ("begun", "whom", "goes_on"),
-    [
-        pytest.param(training, driver, False, id="driver while it trains"),
-        pytest.param(training, trainer, False, id="trainer"),
-        pytest.param(dreamed, engine, True, id="engine while it dreams"),
-    ],
-)
-def test_killed_command_given_again(
-    tmp_path: Path,
-    begun: Callable[[Path], bool],
-    whom: Callable[[psutil.Process], list[psutil.Process]],
-    goes_on: bool,
-) -> None:
-    """A lost engine is started again within the command, any other loss ends it; the next time it ends as it should."""
+def test_killed_command_given_again(tmp_path: Path) -> None:
+    """One run, killed three times. A lost engine is started again within the command; a lost trainer or driver ends
+    it, and the same command goes on; the last time it ends as it should."""
     run = tmp_path / "run"
     sets = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     command = [sys.executable, "-P", "-m", "dream.cli", "train", "--rounds", "1", "--out", str(run), *sets]
-    with (tmp_path / "first.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as first:
-        wait_until(lambda: begun(run) or first.poll() is not None)
-        started = psutil.Process(first.pid).children(recursive=True)
-        targets = whom(psutil.Process(first.pid))
-        assert targets, (tmp_path / "first.log").read_text()
-        for process in targets:
-            os.kill(process.pid, signal.SIGKILL)
-        code = first.wait(DEADLINE_S)
-    assert code == (0 if goes_on else -signal.SIGKILL if whom is driver else 1), (tmp_path / "first.log").read_text()
-    _, left = psutil.wait_procs(started, timeout=180)  # Ray's agents look for their node once a minute
-    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    assert given(command, run, tmp_path / "first.log", [(dreamed, engine), (training, trainer)]) == 1
+    assert given(command, run, tmp_path / "second.log", [(training, driver)]) == -signal.SIGKILL
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr[-3000:]
     check(run)
+
+
+def given(
+    command: list[str],
+    run: Path,
+    path: Path,
+    kills: list[tuple[Callable[[Path], bool], Callable[[psutil.Process], list[psutil.Process]]]],
+) -> int:
+    """The exit code of the command, some of whose processes are killed when something has begun; none outlives it."""
+    with path.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        started: list[psutil.Process] = []
+        for begun, whom in kills:
+            wait_until(lambda begun=begun: begun(run) or process.poll() is not None)
+            assert process.poll() is None, path.read_text()
+            started += psutil.Process(process.pid).children(recursive=True)
+            targets = whom(psutil.Process(process.pid))
+            assert targets, path.read_text()
+            for target in targets:
+                os.kill(target.pid, signal.SIGKILL)
+        code = process.wait(DEADLINE_S)
+    _, left = psutil.wait_procs(started, timeout=180)  # Ray's agents look for their node once a minute
+    assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
+    return code
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -37,13 +37,17 @@ def preference(logps: torch.Tensor, inputs: dict[str, torch.Tensor], train: Trai
 
     `logps` are summed log-probabilities, chosen and rejected in turn. `train.length_normalized` takes means over tokens
     (Tulu 3, arXiv 2411.15124, section 5); `train.reference_weight` weighs the reference's part, down to none (SimPO,
-    arXiv 2405.14734, without its target margin).
+    arXiv 2405.14734, without its target margin); `train.clip_reference` takes a reference that prefers the rejected
+    reply as undecided (HyPO, arXiv 2602.11902).
     """
     reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).flatten()
-    ratios = logps - train.reference_weight * reference
     if train.length_normalized:
-        ratios = ratios / inputs["lengths"].clamp(min=1)
-    return ratios[::2] - ratios[1::2]
+        lengths = inputs["lengths"].clamp(min=1)
+        logps, reference = logps / lengths, reference / lengths
+    prior = train.reference_weight * (reference[::2] - reference[1::2])
+    if train.clip_reference:
+        prior = prior.clamp(min=0)
+    return logps[::2] - logps[1::2] - prior
 
 
 class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not typed

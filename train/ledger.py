@@ -90,9 +90,9 @@ def preference_figures(
     """Log-probabilities, reward margin and accuracy over a round's rows, before and after training.
 
     Rows are (chosen, rejected), log-probabilities summed over reply tokens in nats, lengths in tokens. The reward of a
-    reply is beta * (log p - w log p_reference) (DPO, arXiv 2305.18290, equation 5) with w `train.reference_weight`, by
-    token where `train.length_normalized` is set: what the loss compares. A row is right when chosen's reward is the
-    larger one. A falling `chosen` mean is likelihood displacement (arXiv 2410.08847).
+    reply is beta * (log p - log p_reference) (DPO, arXiv 2305.18290, equation 5), or what the settings make of that
+    (`dpo.preference`); a row is right when chosen's reward is the larger one. A falling `chosen` mean is likelihood
+    displacement (arXiv 2410.08847).
     """
     figures: dict[str, Any] = {}
     for label, scores in (("reference", reference), ("before", before), ("after", after)):
@@ -117,11 +117,15 @@ def rewarded(
     scores: tuple[float, float], reference: tuple[float, float], lengths: tuple[int, int], train: TrainConfig
 ) -> float:
     """How much larger chosen's reward is than rejected's."""
-    chosen, rejected = (
-        (now - train.reference_weight * then) / (max(1, count) if train.length_normalized else 1)
-        for now, then, count in zip(scores, reference, lengths, strict=True)
-    )
-    return train.beta * (chosen - rejected)
+
+    def preference(logps: tuple[float, float]) -> float:
+        chosen, rejected = (
+            logp / (max(1, count) if train.length_normalized else 1) for logp, count in zip(logps, lengths, strict=True)
+        )
+        return chosen - rejected
+
+    prior = train.reference_weight * preference(reference)
+    return train.beta * (preference(scores) - (max(0.0, prior) if train.clip_reference else prior))
 
 
 def summary(ledger: dict[str, Any]) -> str:
