@@ -1,4 +1,4 @@
-"""The engine protocol: three methods, behind which stand vLLM actors, or a scripted engine in tests.
+"""The engine protocol, behind which stand vLLM actors, or a scripted engine in tests.
 
 Components that need a model get an `Engine` and know nothing else of it.
 """
