@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 from statistics import median
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,12 @@ from toy import toy_rows
 
 from dream.config import TrainConfig
 from dream.errors import TrainingError
-from tests.bench import Row, bench, paired_rates
+from dream.store import write_json
+from tests.bench import Row, bench, effect, paired_rates
+from train.evals import RoundEvaluation, figures
+from train.gate import Decision
+from train.retention import Retention
+from train.rounds import RoundResult
 
 FAST = Row(name="fast", ours=30.0, other=10.0, ratio=3.0, target=2.0, unit="pairs/s")
 SLOW = Row(name="slow", ours=15.0, other=10.0, ratio=1.5, target=2.0, unit="pairs/s")
@@ -108,3 +115,30 @@ def test_both_trainers_make_the_same_run(toy_model: Path) -> None:
         require_same_losses(ours, others)
     with pytest.raises(TrainingError, match="4 optimiser steps and TRL's 3"):
         require_same_losses(ours, theirs[:3])
+
+
+def test_effect_tells_what_a_run_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The accepted policy beside the initial one, or the last candidate, with the gate's word; and a readable plot."""
+    figure = figures(np.stack([-np.ones((8, 2, 2)), np.ones((8, 2, 2))], -1), {"clear": [], "flawed": []}, 0)
+    better = figures(np.array([[[[0.0, -1.0]] * 2, [[0.0, 1.0]] * 2]] * 8), {"clear": [], "flawed": []}, 0)
+    nothing = Retention(arithmetic=[1.0], facts=[0.0], format=[], neutral=[], tasks={})
+    for number, heldout in enumerate((figure, better)):
+        one = RoundEvaluation(heldout=heldout, fresh=None, retention=nothing)
+        write_json(tmp_path / f"round_0{number}" / "eval.json", one.model_dump())
+    decision = Decision(decision="roll_back", reason="sycophancy drift", checks=[])
+    result = RoundResult(
+        round=1, parent=0, learning_rate=1, accepted=8, dropped={}, decision=decision, summary={}
+    )  # fmt: skip
+    write_json(tmp_path / "round_01" / "gate.json", result.model_dump())
+
+    assert effect.main([f"mine={tmp_path}"]) == 0
+    kept = capsys.readouterr().out
+    assert "| mine | before | after |" in kept
+    assert "| held-out: strict crossed | 0.000 | 0.000 | [+0.000, +0.000] |" in kept
+    assert effect.main(["--candidate", "--svg", str(tmp_path / "plot.svg"), f"mine={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert "| held-out: strict crossed | 0.000 | 1.000 | [+1.000, +1.000] |" in shown
+    assert "Last round rolled back: sycophancy drift" in shown
+    plot = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    assert plot.tag.endswith("svg")
+    assert "clear 0.00 to 1.00" in "".join(plot.itertext())
