@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dream import models
@@ -111,14 +110,15 @@ for reply in asked["replies"]:
 
 
 def kill_engine_processes() -> None:
-    """kill -9 to every vLLM engine process of this user."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            name = path.read_bytes()
-        except OSError:
-            continue
-        if name.startswith(b"VLLM::"):
-            os.kill(int(path.parent.name), signal.SIGKILL)
+    """kill -9 to every vLLM engine process of this user, and waits until they are gone."""
+    found: list[psutil.Process] = []
+    while not found:  # a busy machine may show an empty command line for a moment
+        found = [
+            one for one in psutil.process_iter(["cmdline"]) if "".join(one.info["cmdline"] or []).startswith("VLLM::")
+        ]
+    for process in found:
+        process.kill()
+    psutil.wait_procs(found, timeout=60)
 
 
 def test_one_small_round_end_to_end(tmp_path: Path) -> None:
