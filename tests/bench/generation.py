@@ -184,7 +184,9 @@ def _raw_rates(raw: dict[str, Any], model: str, runs: list[list[Request]]) -> li
     from dream.vllm_engine import engine_arguments, prepare_cpu_environment
 
     config = Config.model_validate(raw)
-    os.environ.update(prepare_cpu_environment(config.engine.cpu_kv_cache_gib, sorted(os.sched_getaffinity(0))))
+    environment = prepare_cpu_environment(config.engine.cpu_kv_cache_gib, sorted(os.sched_getaffinity(0)))
+    # `LLM` would run its engine in this process, whose threads Ray has limited to one.
+    os.environ.update(environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     from vllm import LLM, SamplingParams
 
     engine = LLM(**engine_arguments(model, config.engine, config.seed, on_gpu=False))
