@@ -151,18 +151,24 @@ def test_drift_shows_where_hardly_a_pair_was_right() -> None:
     assert failed(decide(before, after, CONFIG)) == ["flawed_preference"]
 
 
-def test_certainty_may_fall_where_more_pairs_are_right() -> None:
-    """A policy that complied in any case, mostly by a wide margin, and now tells more pairs apart by a narrow one."""
-    before, after = (
+def by_likelihood(*scores: list) -> tuple[RoundEvaluation, ...]:
+    """Evaluations of d alone, shape (pairs, prompts, reply sets), without sampled replies."""
+    nothing = Retention(arithmetic=[], facts=[], format=[], neutral=[], tasks={})
+    return tuple(
         RoundEvaluation(
             heldout=figures(np.stack([-d / 2, d / 2], -1), {"clear": [], "flawed": []}, 0),
             fresh=None,
-            retention=Retention(arithmetic=[], facts=[], format=[], neutral=[], tasks={}),
+            retention=nothing,
         )
-        for d in (
-            np.array([[[-3.0, -3.0], [-3.0, -3.0]]] * 15 + [[[0.1, 0.1], [-3.0, -3.0]]] * 5),
-            np.array([[[-0.5, -0.5], [0.5, 0.5]]] * 20),
-        )
+        for d in map(np.array, scores)
+    )
+
+
+def test_certainty_may_fall_where_more_pairs_are_right() -> None:
+    """A policy that complied in any case, mostly by a wide margin, and now tells more pairs apart by a narrow one."""
+    before, after = by_likelihood(
+        [[[-3.0, -3.0], [-3.0, -3.0]]] * 15 + [[[0.1, 0.1], [-3.0, -3.0]]] * 5,
+        [[[-0.5, -0.5], [0.5, 0.5]]] * 20,
     )
     assert after.heldout.clear.margin < before.heldout.clear.margin
     assert decide(before, after, CONFIG).decision == "promote"
@@ -170,16 +176,9 @@ def test_certainty_may_fall_where_more_pairs_are_right() -> None:
 
 def test_accuracy_promotes_where_the_margin_does_not_rise() -> None:
     """Pairs that are right for the first time, at the price of the margin of those that were right by far."""
-    before, after = (
-        RoundEvaluation(
-            heldout=figures(np.stack([-d / 2, d / 2], -1), {"clear": [], "flawed": []}, 0),
-            fresh=None,
-            retention=Retention(arithmetic=[], facts=[], format=[], neutral=[], tasks={}),
-        )
-        for d in (
-            np.array([[[-2.0, -2.0], [2.0, 2.0]]] * 10 + [[[-0.2, -0.2], [-0.1, -0.1]]] * 10),
-            np.array([[[-1.9, -1.9], [1.9, 1.9]]] * 10 + [[[-0.2, -0.2], [0.1, 0.1]]] * 10),
-        )
+    before, after = by_likelihood(
+        [[[-2.0, -2.0], [2.0, 2.0]]] * 10 + [[[-0.2, -0.2], [-0.1, -0.1]]] * 10,
+        [[[-1.9, -1.9], [1.9, 1.9]]] * 10 + [[[-0.2, -0.2], [0.1, 0.1]]] * 10,
     )
     decision = decide(before, after, CONFIG)
     assert decision.decision == "promote"
@@ -316,14 +315,7 @@ def test_a_margin_that_fell_is_conclusive() -> None:
 
 def test_what_was_not_measured_is_not_checked() -> None:
     """Without sampled replies, behaviours and retention a gain promotes on likelihoods alone."""
-    before, after = (
-        RoundEvaluation(
-            heldout=figures(np.stack([-d / 2, d / 2], -1), {"clear": [], "flawed": []}, 0),
-            fresh=None,
-            retention=Retention(arithmetic=[], facts=[], format=[], neutral=[], tasks={}),
-        )
-        for d in (np.zeros((9, 2, 2)), np.array([[[-1.0, -1.0], [1.0, 1.0]]] * 9))
-    )
+    before, after = by_likelihood(np.zeros((9, 2, 2)).tolist(), [[[-1.0, -1.0], [1.0, 1.0]]] * 9)
     decision = decide(before, after, CONFIG)
     assert decision.decision == "promote"
     assert {check.name for check in decision.checks} == {
