@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,27 +149,25 @@ class EnginePool:
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights into every engine; one that is being started, or is started again later, gets them too."""
         self._weights, self._resting = folder, False
-        for replica in self._replicas:
-            if not replica.down:
-                with suppress(_Lost):
-                    await self._once(replica, "load_weights", folder)
+        await self._each("load_weights", folder)
 
     async def rest(self) -> None:
         """Lets every engine rest; one that comes up meanwhile rests too."""
         self._resting = True
-        for replica in self._replicas:
-            if not replica.down:
-                with suppress(_Lost):
-                    await self._once(replica, "rest")
+        await self._each("rest")
 
     async def stats(self) -> EngineStats:
         """Of the engines that are up; one that was started again has counted from zero."""
-        total = EngineStats()
+        return sum(await self._each("stats"), EngineStats())
+
+    async def _each(self, method: str, *arguments: Any) -> list[Any]:
+        """What the engines that are up answer, in turn; one that is lost meanwhile is left out."""
+        answers = []
         for replica in self._replicas:
             if not replica.down:
                 with suppress(_Lost):
-                    total = total + await self._once(replica, "stats")
-        return total
+                    answers.append(await self._once(replica, method, *arguments))
+        return answers
 
     def _new_actor(self) -> Any:
         options = {"max_concurrency": 4096, "scheduling_strategy": "SPREAD", **self._resources()}
@@ -197,7 +195,7 @@ class EnginePool:
 
     async def _placed(self, actor: Any) -> None:
         """Waits until Ray has found a node for an actor, and says so when that takes long."""
-        place = asyncio.ensure_future(_awaited(actor.placed.remote()))
+        place = asyncio.ensure_future(actor.placed.remote())
         if not (await asyncio.wait([place], timeout=PLACE_S))[0]:
             logging.getLogger("dream").warning(
                 "an engine is not up yet: it needs a node with %s; free in the whole cluster: %s",
@@ -251,10 +249,6 @@ class EnginePool:
                 return await self._start(replica)
             except EngineError as error:
                 reason = error
-
-
-async def _awaited(answer: Awaitable[None]) -> None:
-    await answer
 
 
 def _listed(resources: Mapping[str, float]) -> str:

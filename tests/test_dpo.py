@@ -116,7 +116,9 @@ def test_preference_is_what_the_settings_say(weight: float, normalized: bool, cl
     policy, reference = (-4 / 2 + 8 / 4, -6 / 2 + 9 / 4) if normalized else (-4 + 8, -6 + 9)
     wanted = policy - weight * (0 if clip and reference < 0 else reference)
     assert preference(torch.tensor([-4.0, -8.0]), batch, settings).item() == pytest.approx(wanted)
-    assert rewarded((-4, -8), (-6, -9), (2, 4), settings) == pytest.approx(3 * wanted)  # the ledger says the same
+    assert rewarded([(-4, -8)], [(-6, -9)], [(2, 4)], settings) == pytest.approx(
+        [3 * wanted]
+    )  # the ledger says the same
 
 
 def test_warm_up_raises_the_chosen_replies_before_dpo(toy_model: Path, tmp_path: Path) -> None:

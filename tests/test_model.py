@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -112,10 +113,12 @@ for reply in asked["replies"]:
 def kill_engine_processes() -> None:
     """kill -9 to every vLLM engine process of this user, and waits until they are gone."""
     found: list[psutil.Process] = []
-    while not found:  # a busy machine may show an empty command line for a moment
+    end = time.monotonic() + 60
+    while not found and time.monotonic() < end:  # a busy machine may show an empty command line for a moment
         found = [
             one for one in psutil.process_iter(["cmdline"]) if "".join(one.info["cmdline"] or []).startswith("VLLM::")
         ]
+    assert found, "no engine process to kill"
     for process in found:
         process.kill()
     psutil.wait_procs(found, timeout=60)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dream.config import TrainConfig
+from train.dpo import preference
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("attention q", r"\.(q_proj|wq|query)\b"),
@@ -96,9 +97,7 @@ def preference_figures(
     """
     figures: dict[str, Any] = {}
     for label, scores in (("reference", reference), ("before", before), ("after", after)):
-        rewards = [
-            rewarded(now, then, count, train) for now, then, count in zip(scores, reference, lengths, strict=True)
-        ]
+        rewards = rewarded(scores, reference, lengths, train)
         figures[label] = {
             **{
                 side: {
@@ -114,24 +113,23 @@ def preference_figures(
 
 
 def rewarded(
-    scores: tuple[float, float], reference: tuple[float, float], lengths: tuple[int, int], train: TrainConfig
-) -> float:
-    """How much larger chosen's reward is than rejected's."""
-
-    def preference(logps: tuple[float, float]) -> float:
-        chosen, rejected = (
-            logp / (max(1, count) if train.length_normalized else 1) for logp, count in zip(logps, lengths, strict=True)
-        )
-        return chosen - rejected
-
-    prior = train.reference_weight * preference(reference)
-    return train.beta * (preference(scores) - (max(0.0, prior) if train.clip_reference else prior))
+    scores: Sequence[tuple[float, float]],
+    reference: Sequence[tuple[float, float]],
+    lengths: Sequence[tuple[int, int]],
+    train: TrainConfig,
+) -> list[float]:
+    """How much larger chosen's reward is than rejected's, row by row."""
+    ours, theirs = (torch.tensor(one, dtype=torch.float64) for one in (scores, reference))
+    inputs = {"ref_chosen_logps": theirs[:, 0], "ref_rejected_logps": theirs[:, 1]}
+    inputs["lengths"] = torch.tensor(lengths).flatten()
+    rewards: list[float] = (train.beta * preference(ours.flatten(), inputs, train)).tolist()
+    return rewards
 
 
 def summary(ledger: dict[str, Any]) -> str:
     """One line for people."""
-    moved, preference = ledger["weights"]["all"], ledger["preference"]
-    chosen = [preference[when]["chosen"]["logp_token"] for when in ("before", "after")]
+    moved, compared = ledger["weights"]["all"], ledger["preference"]
+    chosen = [compared[when]["chosen"]["logp_token"] for when in ("before", "after")]
     drift = ledger["drift"][-1] if ledger["drift"] else None
     kl = (
         f"KL {drift['kl_previous']:.3f} to the policy before, {drift['kl_initial']:.3f} to the model; " if drift else ""
@@ -141,8 +139,8 @@ def summary(ledger: dict[str, Any]) -> str:
         f"{ledger['rows']} rows in {ledger['steps']} steps at {ledger['learning_rate']:g}: weights moved "
         f"{moved['relative_change']:.2e} of their norm ({moved['relative_change_per_row']:.1e} a row), "
         f"{moved['changed_share']:.1%} of values changed as served; {kl}reward margin "
-        f"{preference['before']['margin']:+.3f} -> {preference['after']['margin']:+.3f}, "
-        f"{preference['after']['accuracy']:.0%} of rows right, chosen log p a token {chosen[0]:.3f} -> {chosen[1]:.3f}"
+        f"{compared['before']['margin']:+.3f} -> {compared['after']['margin']:+.3f}, "
+        f"{compared['after']['accuracy']:.0%} of rows right, chosen log p a token {chosen[0]:.3f} -> {chosen[1]:.3f}"
         f"{early if ledger['ended_early'] else ''}"
     )
 

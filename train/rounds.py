@@ -126,9 +126,7 @@ async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvalua
     pairs = stored_pairs(loop.run, number)
     dropped = drop_reasons(folder)
     rate = loop.config.train.learning_rate * 0.5**rejected
-    if not (folder / "train").exists():
-        await loop.engine.rest()
-    candidate = train_candidate(loop, folder, number, policy, pairs, rate)
+    candidate = await train_candidate(loop, folder, number, policy, pairs, rate)
     await serve(loop, candidate)
     await prove_served(loop, folder)
     after = await evaluation(loop, folder, candidate, f"round {number}: measuring the candidate")
@@ -190,7 +188,7 @@ def share_of_data(loop: Loop, number: int) -> list[ContrastPair]:
     return left[: ceil(len(left) / (loop.config.rounds - number + 1))]
 
 
-def train_candidate(
+async def train_candidate(
     loop: Loop, folder: Path, number: int, policy: Policy, pairs: list[ContrastPair], rate: float
 ) -> Policy:
     """Trains on the round's rows in a child process; the candidate and where its weights are."""
@@ -224,6 +222,7 @@ def train_candidate(
             sft=config.sft_warmup and policy.round == 0,
             ray_address=loop.config.ray.address,
         )
+        await loop.engine.rest()
         loop.train(spec, folder)
     loop.reporter.trained(str(read_json(out / "ledger.json")["summary"]))
     return trained_policy(loop.run, number)

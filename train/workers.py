@@ -9,7 +9,6 @@ Not covered: weights sharded over the workers (FSDP); each worker holds the whol
 import tempfile
 from collections.abc import Callable
 from threading import Thread
-from typing import Any
 
 import ray
 import ray.train
@@ -20,8 +19,7 @@ from ray.util.queue import Queue
 from dream.errors import DreamError, TrainingError
 from dream.pool import connect
 from train.data import StepSpec
-
-Report = Callable[[dict[str, Any]], None]
+from train.dpo import Report
 
 
 def run_on_workers(run: Callable[[StepSpec, Report], None], spec: StepSpec, report: Report) -> None:
