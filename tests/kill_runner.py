@@ -51,7 +51,8 @@ class ToyEngine(PolicyEngine):
 
     async def load_weights(self, folder: Path | None) -> None:
         await ScriptedEngine.load_weights(self, folder)
-        self._delay_s, self.skill, self.probed = CALL_SECONDS, skill_of(None), {}
+        self._delay_s, self.resting = CALL_SECONDS, False
+        self.skill, self.probed = skill_of(None), {}
         if folder is not None:
             trained = folder.parent.parent
             self.skill = float(trained.name.removeprefix("round_"))
