@@ -234,11 +234,17 @@ class TrainConfig(Section):
     "Weight of the chosen reply's mean-token negative log-likelihood (RPO), against likelihood displacement."
     length_normalized: bool = False
     "Compare mean instead of summed log-probabilities of replies; `beta` then wants to be 10 to 50 times larger."
+    row_weight: float = Field(1.0, ge=0)
+    "Weight of comparing the two replies of a row under its own prompt, which is DPO."
+    crossed_weight: float = Field(0.0, ge=0)
+    """Weight of comparing the two sides of a scenario: chosen should be preferred to rejected more under the row's own
+    prompt than under the other one. What the policy thinks of the replies whatever the prompt cancels, so this
+    teaches the condition and moves no side by itself (docs/LOG.md). Each prompt is scored with four replies then."""
     reference_weight: float = Field(1.0, ge=0, le=1)
     "How much of the reference's preference is taken off: 1 is DPO, 0 compares the policy's own likelihoods (SimPO)."
     clip_reference: bool = False
-    """Take a reference that prefers the rejected reply as undecided (HyPO): a row that it has wrong must become right
-    by itself, and one that it has right must not become less so."""
+    """Take a reference that prefers the wrong as undecided (HyPO): what it has wrong must become right by itself, and
+    what it has right must not become less so."""
     flip_probability: float | Literal["judge"] = "judge"
     "Conservative DPO: the probability that a pair's label is wrong; `judge` takes the judge's measured error."
     reference: Literal["previous", "initial"] = "previous"
@@ -361,6 +367,8 @@ class Config(Section):
             raise ValueError("train.optim: apollo_adamw is for full weights; set train.method to full")
         if self.train.batch_size % (self.train.micro_batch_size * self.train.workers):
             raise ValueError("train.batch_size must be a multiple of train.micro_batch_size times train.workers")
+        if self.train.crossed_weight and self.train.micro_batch_size % 2:
+            raise ValueError("train.micro_batch_size must be even, as train.crossed_weight compares rows in twos")
         return self
 
 

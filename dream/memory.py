@@ -146,10 +146,11 @@ class Batch(NamedTuple):
 
 
 def largest_batch(config: Config) -> Batch:
-    """The largest micro batch that the configuration lets in: prompts once, both replies as long as they may be."""
+    """The largest micro batch that the configuration lets in: prompts once, all replies as long as they may be."""
     train = config.train
-    reply = min(config.generate.max_tokens, train.max_length // 2)
-    return Batch(train.micro_batch_size, train.max_length + reply, 2 * reply * train.micro_batch_size)
+    reply, replies = min(config.generate.max_tokens, train.max_length // 2), 4 if train.crossed_weight else 2
+    width = train.max_length + (replies - 1) * reply
+    return Batch(train.micro_batch_size, width, replies * reply * train.micro_batch_size)
 
 
 class EnginePlan(NamedTuple):

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from toy import toy_rows, train_toy
 
 from dream.config import TrainConfig
-from train.checkpoints import load_tokenizer
-from train.data import encode, lay_out
-from train.dpo import conservative_loss, preference
+from train.checkpoints import load_model, load_tokenizer
+from train.data import Encoded, encode, lay_out, other_sides, with_other_sides
+from train.dpo import compared, conservative_loss, training_order
 from train.ledger import rewarded
 from train.optim import rate_factor
 from train.scoring import score_pairs
@@ -67,8 +69,6 @@ def test_same_seed_gives_the_same_losses(toy_model: Path, tmp_path: Path) -> Non
 
 def test_shared_prompt_scores_as_two_sequences_do(toy_model: Path) -> None:
     """The mask keeps the two replies behind one prompt apart."""
-    from train.checkpoints import load_model
-
     model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
     tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
     encoded = [encode(tokenizer, row) for row in toy_rows(2)]
@@ -104,21 +104,90 @@ def test_losses_are_those_of_trl(toy_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
-def test_preference_is_what_the_settings_say(weight: float, normalized: bool, clip: bool) -> None:
+def test_rewards_are_what_the_settings_say(weight: float, normalized: bool, clip: bool) -> None:
     """Log-ratios of chosen minus rejected, the reference weighed, by token where asked: by hand. By token the reference
     prefers the rejected reply, which counts as undecided where it is clipped."""
-    batch = {
-        "ref_chosen_logps": torch.tensor([-6.0]),
-        "ref_rejected_logps": torch.tensor([-9.0]),
-        "lengths": torch.tensor([2, 4]),
-    }
     settings = TrainConfig(reference_weight=weight, length_normalized=normalized, clip_reference=clip, beta=3)
     policy, reference = (-4 / 2 + 8 / 4, -6 / 2 + 9 / 4) if normalized else (-4 + 8, -6 + 9)
     wanted = policy - weight * (0 if clip and reference < 0 else reference)
-    assert preference(torch.tensor([-4.0, -8.0]), batch, settings).item() == pytest.approx(wanted)
-    assert rewarded([(-4, -8)], [(-6, -9)], [(2, 4)], settings) == pytest.approx(
-        [3 * wanted]
-    )  # the ledger says the same
+    row = Encoded([1], [1, 2], [1, 2, 3, 4])
+    own, crossed = rewarded([(-4.0, -8.0)], [(-6.0, -9.0)], [row], [0], settings)
+    assert own == pytest.approx([3 * wanted])
+    assert crossed == [0]  # there is no other side
+
+
+def test_sides_are_compared_with_the_same_replies() -> None:
+    """What is compared is how much more chosen is preferred under its own prompt than under the other one, by token."""
+    clear, flawed = Encoded([1], [1, 2], [3]), Encoded([2], [4, 5, 6, 7], [8, 9])
+    rows = [clear._replace(others=(flawed.chosen, flawed.rejected)),
+            flawed._replace(others=(clear.chosen, clear.rejected))]  # fmt: skip
+    scores = [(-2.0, -3.0, -8.0, -5.0), (-4.0, -6.0, -7.0, -1.5)]
+    own, crossed = compared(scores, rows, [1, 0], TrainConfig(length_normalized=True))
+    assert own.tolist() == pytest.approx([-2 / 2 + 3, -4 / 4 + 6 / 2])
+    assert crossed.tolist() == pytest.approx([2 - (-7 / 2 + 1.5), 2 - (-8 / 4 + 5 / 2)])
+
+
+@given(shift=st.floats(-5, 5), logps=st.lists(st.floats(-9, -1), min_size=8, max_size=8))
+def test_what_is_thought_of_a_reply_whatever_the_prompt_does_not_count(shift: float, logps: list[float]) -> None:
+    """A reply that becomes likelier under both prompts changes nothing in the comparison of the sides."""
+    clear, flawed = Encoded([1], [1], [2], ([3], [4])), Encoded([2], [3], [4], ([1], [2]))
+    before = [tuple(logps[:4]), tuple(logps[4:])]
+    after = [(logps[0] + shift, *logps[1:4]), (*logps[4:6], logps[6] + shift, logps[7])]
+    then, now = (compared(scores, [clear, flawed], [1, 0], TrainConfig())[1] for scores in (before, after))
+    assert now.tolist() == pytest.approx(then.tolist())
+
+
+def test_other_side_is_in_the_same_step() -> None:
+    """Rows of one pair in a step are each other's; general rows, and rows that a step's end parts, have none."""
+    rows = [row.model_copy(update={"pair_id": name, "side": side})
+            for row, (name, side) in zip(toy_rows(), [("a", "clear"), ("a", "flawed"), ("g", "clear"), ("b", "clear"),
+                                                      ("b", "flawed")], strict=False)]  # fmt: skip
+    assert other_sides(rows, 4) == [1, 0, 2, 3, 4]
+    assert other_sides(rows, 6) == [1, 0, 2, 4, 3]
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), step=st.sampled_from([2, 4, 6]), data=st.data())
+def test_micro_batches_hold_both_sides(lengths: list[int], step: int, data: st.DataObject) -> None:
+    """Whatever the lengths, every step keeps its rows and the sides of a scenario follow each other at even places."""
+    rows = [Encoded([0] * length, [1], [2]) for length in lengths]
+    others = list(range(len(rows)))
+    for start in range(0, len(rows) - 1, 2):
+        if start // step == (start + 1) // step and data.draw(st.booleans()):
+            others[start], others[start + 1] = start + 1, start
+    order = training_order(rows, others, step)
+    for start in range(0, len(rows), step):
+        assert sorted(order[start : start + step]) == list(range(start, min(start + step, len(rows))))
+    for place, i in enumerate(order):
+        if others[i] != i:
+            assert others[i] == order[place ^ 1]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_sides_compared_alone_teach_the_condition(toy_model: Path, tmp_path: Path, method: str) -> None:
+    """Without the rows' own comparison the crossed margin rises all the same, and the ledger and its line say so."""
+    settings = {"row_weight": 0.0, "crossed_weight": 1.0, "nll_weight": 0.0}
+    train_toy(toy_model, tmp_path / "out", method=method, **settings)
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    before, after = (ledger["preference"][when]["crossed"] for when in ("before", "after"))
+    assert after["margin"] > before["margin"] == 0
+    assert "(crossed +0.000 -> " in ledger["summary"]
+
+
+def test_scores_and_trainer_compare_the_same(toy_model: Path, tmp_path: Path) -> None:
+    """The loss of the first step, at a rate of next to nothing, is the loss of the scores that the ledger has."""
+    settings = {"row_weight": 0.5, "crossed_weight": 2.0, "nll_weight": 0.0, "reference_weight": 0.0, "beta": 1.0,
+                "batch_size": 16, "micro_batch_size": 4, "learning_rate": 1e-9, "length_normalized": True}  # fmt: skip
+    (report,) = train_toy(toy_model, tmp_path / "out", **settings)
+    train = TrainConfig(**settings)
+    tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
+    rows = toy_rows()
+    encoded, others = with_other_sides([encode(tokenizer, row) for row in rows], rows, train)
+    assert any(i != j for i, j in enumerate(others))
+    model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    own, crossed = compared(score_pairs(model, encoded, shared=False, bf16=False, batch=3), encoded, others, train)
+    none = torch.zeros_like(own)
+    wanted = 0.5 * conservative_loss(own, 1.0, none) + 2 * conservative_loss(crossed, 1.0, none)
+    assert report["loss"] == pytest.approx(float(wanted.mean()), abs=1e-4)
 
 
 def test_warm_up_raises_the_chosen_replies_before_dpo(toy_model: Path, tmp_path: Path) -> None:

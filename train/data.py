@@ -114,6 +114,13 @@ class Encoded(NamedTuple):
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    others: tuple[list[int], ...] = ()
+    """Chosen and rejected of the scenario's other side, where the two sides are compared (`with_other_sides`)."""
+
+    @property
+    def replies(self) -> list[list[int]]:
+        """All that is scored under the prompt: chosen, rejected, and then `others`."""
+        return [self.chosen, self.rejected, *self.others]
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
@@ -140,6 +147,35 @@ def encode(tokenizer: Any, row: PreferencePair) -> Encoded:
             break
         start += 1
     return Encoded(prompt[:start], chosen[start:], rejected[start:])
+
+
+def other_sides(rows: Sequence[PreferencePair], batch_size: int) -> list[int]:
+    """For each row, in training order, the index of the other side of its scenario within its step of `batch_size`
+    rows; its own where there is none, as for a general row."""
+    found = list(range(len(rows)))
+    for start in range(0, len(rows), batch_size):
+        first: dict[str, int] = {}
+        for i in range(start, min(start + batch_size, len(rows))):
+            j = first.setdefault(rows[i].pair_id, i)
+            if rows[i].side != rows[j].side:
+                found[i], found[j] = j, i
+    return found
+
+
+def with_other_sides(
+    encoded: Sequence[Encoded], rows: Sequence[PreferencePair], train: TrainConfig
+) -> tuple[list[Encoded], list[int]]:
+    """The encoded rows, each with the replies of its other side, and `other_sides` of the rows.
+
+    Where `train.crossed_weight` is 0 sides are not compared: the rows stay as they are, each its own other side.
+    """
+    if not train.crossed_weight:
+        return list(encoded), list(range(len(rows)))
+    others = other_sides(rows, train.batch_size)
+    return [
+        ids if i == j else ids._replace(others=(encoded[j].chosen, encoded[j].rejected))
+        for i, (ids, j) in enumerate(zip(encoded, others, strict=True))
+    ], others
 
 
 class Layout(NamedTuple):

@@ -1,6 +1,7 @@
 """Conservative DPO: the loss, and TRL's trainer without work that changes nothing."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 from math import isfinite
 from typing import Any
 
@@ -16,7 +17,7 @@ from dream.errors import TrainingError
 from dream.records import PreferencePair
 from train.data import Encoded
 from train.optim import arguments, scheduler
-from train.scoring import Scores, autocast, pair_sequences, reply_logps, tensors
+from train.scoring import Scores, autocast, pair_sequences, reply_logps, tensors, tokens
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -31,30 +32,50 @@ def conservative_loss(delta: torch.Tensor, beta: float, flip: torch.Tensor) -> t
     return -(1 - flip) * F.logsigmoid(beta * delta) - flip * F.logsigmoid(-beta * delta)
 
 
-def preference(logps: torch.Tensor, inputs: dict[str, torch.Tensor], train: TrainConfig) -> torch.Tensor:
-    """What the loss compares, shape (rows,), in nats: how much more the policy prefers chosen to rejected than the
-    reference does.
+def preferred(logps: torch.Tensor, lengths: torch.Tensor, train: TrainConfig) -> torch.Tensor:
+    """How much likelier each chosen reply is than its rejected one, in nats, shape (rows,).
 
-    `logps` are summed log-probabilities, chosen and rejected in turn. `train.length_normalized` takes means over tokens
-    (Tulu 3, arXiv 2411.15124, section 5); `train.reference_weight` weighs the reference's part, down to none (SimPO,
-    arXiv 2405.14734, without its target margin); `train.clip_reference` takes a reference that prefers the rejected
-    reply as undecided (HyPO, arXiv 2602.11902).
+    `logps` are summed log-probabilities, chosen and rejected in turn, `lengths` their tokens. `train.length_normalized`
+    takes means over tokens (Tulu 3, arXiv 2411.15124, section 5).
     """
-    reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1).flatten()
     if train.length_normalized:
-        lengths = inputs["lengths"].clamp(min=1)
-        logps, reference = logps / lengths, reference / lengths
-    prior = train.reference_weight * (reference[::2] - reference[1::2])
-    if train.clip_reference:
-        prior = prior.clamp(min=0)
-    return logps[::2] - logps[1::2] - prior
+        logps = logps / lengths.clamp(min=1)
+    return logps[::2] - logps[1::2]
+
+
+def preference(ours: torch.Tensor, reference: torch.Tensor, train: TrainConfig) -> torch.Tensor:
+    """What the loss compares, in nats, the shape of both: by how much the policy's preference exceeds the reference's.
+
+    `train.reference_weight` weighs the reference's part, down to none (SimPO, arXiv 2405.14734, without its target
+    margin); `train.clip_reference` takes a reference that prefers the wrong as undecided (HyPO, arXiv 2602.11902).
+    """
+    prior = train.reference_weight * reference
+    return ours - (prior.clamp(min=0) if train.clip_reference else prior)
+
+
+def compared(
+    scores: Scores, rows: Sequence[Encoded], others: Sequence[int], train: TrainConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What scored rows prefer, in nats, float64 of shape (rows,) each: chosen to rejected under the row's own prompt
+    (`preferred`), and how much of that is lost under the prompt of its other side (`data.other_sides`).
+
+    The second is what `train.crossed_weight` trains: two replies under two prompts, so that all that a policy thinks
+    of the replies whatever the prompt cancels. It is 0 for rows without another side.
+    """
+    lengths = torch.tensor([[len(row.chosen), len(row.rejected)] for row in rows]).flatten()
+    under = [scores[i][:2] if i == j else scores[j][2:] for i, j in enumerate(others)]
+    own, lost = (
+        preferred(torch.tensor(logps, dtype=torch.float64).flatten(), lengths, train)
+        for logps in ([score[:2] for score in scores], under)
+    )
+    return own, own - lost
 
 
 class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not typed
     """TRL's DPO trainer with conservative labels, weights per row, an RPO term, and no work on prompt positions.
 
-    Its data set holds `prompt_ids`, `chosen_ids`, `rejected_ids`, `ref_chosen_logps`, `ref_rejected_logps`,
-    `flip_probability` and `weight`, in training order.
+    Its data set is that of `data_set`. The loss of a row is `train.row_weight` times that of its own comparison, plus
+    `train.crossed_weight` times that of the comparison with its other side (`compared`), plus the RPO term.
     """
 
     loss_is_scaled_for_ga = True  # rows are divided by the rows of a step, also in a short last one
@@ -85,9 +106,15 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         with autocast(model, self._train.mixed_precision):
             logps = reply_logps(model, head, inputs)
-        nll = -logps[::2] / inputs["lengths"][::2].clamp(min=1)
-        delta = preference(logps, inputs, self._train)
-        losses = conservative_loss(delta, self.beta, inputs["flip_probability"]) + self._train.nll_weight * nll
+        train, lengths, flip = self._train, inputs["lengths"], inputs["flip_probability"]
+        chosen = inputs["own"][::2]
+        nll = -logps[chosen] / lengths[chosen].clamp(min=1)
+        own, lost = (preferred(logps[which], lengths[which], train) for which in (inputs["own"], inputs["under_other"]))
+        delta = preference(own, inputs["reference"], train)
+        losses = train.row_weight * conservative_loss(delta, self.beta, flip) + train.nll_weight * nll
+        if train.crossed_weight:
+            apart = preference(own - lost, inputs["crossed_reference"], train)
+            losses = losses + train.crossed_weight * conservative_loss(apart, self.beta, flip)
         # Gradients are averaged over the workers, of which each has its part of the step's rows.
         loss: torch.Tensor = (inputs["weight"] * losses).sum() / self._rows_per_step * self.accelerator.num_processes
         if not bool(torch.isfinite(loss)):
@@ -115,17 +142,32 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
 
 
 class PairCollator:
-    """Rows of the trainer's data set to one batch of tensors."""
+    """Rows of the trainer's data set to one batch of tensors.
+
+    `own` are the indices of each row's chosen and rejected reply among all replies of the batch, shape (2 * rows,), and
+    `under_other` those of the same replies under the prompt of the row's other side, or `own` where it has none.
+    """
 
     def __init__(self, shared: bool) -> None:
         self._shared = shared
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        encoded = [Encoded(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
-        floats = ("ref_chosen_logps", "ref_rejected_logps", "flip_probability", "weight")
-        return tensors(pair_sequences(encoded, self._shared)) | {
-            name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in floats
-        }
+        encoded = [Encoded(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], row["others"]) for row in rows]
+        starts = list(accumulate((len(one.replies) for one in encoded[:-1]), initial=0))
+        place = {row["number"]: i for i, row in enumerate(rows)}
+        there = [
+            start if row["number"] == row["other"] else starts[place[row["other"]]] + 2
+            for row, start in zip(rows, starts, strict=True)
+        ]
+        floats = ("reference", "crossed_reference", "flip_probability", "weight")
+        return (
+            tensors(pair_sequences(encoded, self._shared))
+            | {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in floats}
+            | {
+                name: torch.tensor([(i, i + 1) for i in first]).flatten()
+                for name, first in (("own", starts), ("under_other", there))
+            }
+        )
 
 
 def row_weights(rows: Sequence[PreferencePair], encoded: Sequence[Encoded], max_length: int) -> list[float]:
@@ -146,37 +188,53 @@ def row_weights(rows: Sequence[PreferencePair], encoded: Sequence[Encoded], max_
     return [weight * len(kept) / sum(kept) for weight in weights]
 
 
-def training_order(encoded: Sequence[Encoded], batch_size: int) -> list[int]:
-    """Indices of the rows, step by step as given, by length within a step so that micro batches hold little padding."""
+def training_order(encoded: Sequence[Encoded], others: Sequence[int], batch_size: int) -> list[int]:
+    """Indices of the rows, step by step as given, by length within a step so that micro batches hold little padding.
+
+    The two sides of a scenario (`data.other_sides`) stay neighbours, ahead of a step's rows without another side, so
+    that a micro batch, which is even, holds both.
+    """
     order: list[int] = []
     for start in range(0, len(encoded), batch_size):
         step = range(start, min(start + batch_size, len(encoded)))
-        order += sorted(step, key=lambda i: sum(map(len, encoded[i])))
+        units = sorted({tuple(sorted({i, others[i]})) for i in step})
+        order += chain(*sorted(units, key=lambda unit: (-len(unit), sum(tokens(encoded[i]) for i in unit))))
     return order
 
 
 def data_set(
-    encoded: Sequence[Encoded], reference: Scores, weights: Sequence[float], flip: float, train: TrainConfig
+    encoded: Sequence[Encoded],
+    others: Sequence[int],
+    reference: Scores,
+    weights: Sequence[float],
+    flip: float,
+    train: TrainConfig,
 ) -> Dataset:
-    """The rows as the trainer takes them, in training order; `reference` are scores and `flip` is e of the loss.
+    """The rows as the trainer takes them, in training order.
 
-    With several workers rows without weight fill up the last micro batches, so that all workers get as many.
+    `others` are `data.other_sides`, or every row's own index where sides are not compared; `reference` are scores and
+    `flip` is e of the loss. With several workers rows without weight fill up the last micro batches, so that all
+    workers get as many.
     """
+    own, crossed = (values.tolist() for values in compared(reference, encoded, others, train))
     rows: list[dict[str, Any]] = [
         {
+            "number": i,
+            "other": others[i],
             "prompt_ids": encoded[i].prompt,
             "chosen_ids": encoded[i].chosen,
             "rejected_ids": encoded[i].rejected,
-            "ref_chosen_logps": reference[i][0],
-            "ref_rejected_logps": reference[i][1],
+            "others": list(encoded[i].others),
+            "reference": own[i],
+            "crossed_reference": crossed[i],
             "flip_probability": flip,
             "weight": weights[i],
         }
-        for i in training_order(encoded, train.batch_size)
+        for i in training_order(encoded, others, train.batch_size)
     ]
     if train.workers > 1:
         short = {name: rows[-1][name][:1] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-        nothing = {**rows[-1], **short, "weight": 0.0}
+        nothing = {**rows[-1], **short, "others": [], "number": -1, "other": -1, "weight": 0.0}
         rows += [nothing] * (-len(rows) % (train.micro_batch_size * train.workers))
     return Dataset.from_list(rows)
 

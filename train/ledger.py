@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from dream.config import TrainConfig
-from train.dpo import preference
+from dream.engine import mean
+from train.data import Encoded
+from train.dpo import compared, preference
+from train.scoring import Scores
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("attention q", r"\.(q_proj|wq|query)\b"),
@@ -82,54 +85,63 @@ def change_figures(squares: float, moved: float, changed: float, count: float, r
 
 
 def preference_figures(
-    before: Sequence[tuple[float, float]],
-    after: Sequence[tuple[float, float]],
-    reference: Sequence[tuple[float, float]],
-    lengths: Sequence[tuple[int, int]],
+    before: Scores,
+    after: Scores,
+    reference: Scores,
+    rows: Sequence[Encoded],
+    others: Sequence[int],
+    kept: Sequence[int],
     train: TrainConfig,
 ) -> dict[str, Any]:
-    """Log-probabilities, reward margin and accuracy over a round's rows, before and after training.
+    """Log-probabilities, reward margin and accuracy over the rows that were trained on, before and after training.
 
-    Rows are (chosen, rejected), log-probabilities summed over reply tokens in nats, lengths in tokens. The reward of a
-    reply is beta * (log p - log p_reference) (DPO, arXiv 2305.18290, equation 5), or what the settings make of that
-    (`dpo.preference`); a row is right when chosen's reward is the larger one. A falling `chosen` mean is likelihood
-    displacement (arXiv 2410.08847).
+    Scores are summed log-probabilities in nats of `rows`, `others` their `data.other_sides`, `kept` the indices of
+    those that count. The reward of a reply is beta * (log p - log p_reference) (DPO, arXiv 2305.18290, equation 5), or
+    what the settings make of that (`dpo.preference`); a row is right when chosen's reward is the larger one. `crossed`
+    says the same of the comparison with the other side (`dpo.compared`), over the rows that have one. A falling
+    `chosen` mean is likelihood displacement (arXiv 2410.08847).
     """
     figures: dict[str, Any] = {}
+    pairs = [i for i in kept if others[i] != i]
     for label, scores in (("reference", reference), ("before", before), ("after", after)):
-        rewards = rewarded(scores, reference, lengths, train)
+        own, crossed = rewarded(scores, reference, rows, others, train)
         figures[label] = {
             **{
                 side: {
-                    "logp_sum": _mean([score[place] for score in scores]),
-                    "logp_token": _mean([s[place] / max(1, n[place]) for s, n in zip(scores, lengths, strict=True)]),
+                    "logp_sum": mean([scores[i][place] for i in kept]),
+                    "logp_token": mean([scores[i][place] / max(1, len(rows[i].replies[place])) for i in kept]),
                 }
                 for place, side in enumerate(("chosen", "rejected"))
             },
-            "margin": _mean(rewards),
-            "accuracy": _mean([float(reward > 0) for reward in rewards]),
+            **_rewards([own[i] for i in kept]),
+            **({"crossed": _rewards([crossed[i] for i in pairs])} if pairs else {}),
         }
     return figures
 
 
 def rewarded(
-    scores: Sequence[tuple[float, float]],
-    reference: Sequence[tuple[float, float]],
-    lengths: Sequence[tuple[int, int]],
-    train: TrainConfig,
-) -> list[float]:
-    """How much larger chosen's reward is than rejected's, row by row."""
-    ours, theirs = (torch.tensor(one, dtype=torch.float64) for one in (scores, reference))
-    inputs = {"ref_chosen_logps": theirs[:, 0], "ref_rejected_logps": theirs[:, 1]}
-    inputs["lengths"] = torch.tensor(lengths).flatten()
-    rewards: list[float] = (train.beta * preference(ours.flatten(), inputs, train)).tolist()
-    return rewards
+    scores: Scores, reference: Scores, rows: Sequence[Encoded], others: Sequence[int], train: TrainConfig
+) -> tuple[list[float], list[float]]:
+    """How much larger chosen's reward is than rejected's, row by row; and how much of that is lost under the prompt of
+    the other side."""
+    ours, theirs = (compared(one, rows, others, train) for one in (scores, reference))
+    own, crossed = (
+        (train.beta * preference(one, other, train)).tolist() for one, other in zip(ours, theirs, strict=True)
+    )
+    return own, crossed
+
+
+def _rewards(rewards: Sequence[float]) -> dict[str, float]:
+    return {"margin": mean(rewards), "accuracy": mean([float(reward > 0) for reward in rewards])}
 
 
 def summary(ledger: dict[str, Any]) -> str:
     """One line for people."""
-    moved, compared = ledger["weights"]["all"], ledger["preference"]
-    chosen = [compared[when]["chosen"]["logp_token"] for when in ("before", "after")]
+    moved, figures = ledger["weights"]["all"], ledger["preference"]
+    before, after = figures["before"], figures["after"]
+    crossed = ""
+    if "crossed" in after:
+        crossed = f" (crossed {before['crossed']['margin']:+.3f} -> {after['crossed']['margin']:+.3f})"
     drift = ledger["drift"][-1] if ledger["drift"] else None
     kl = (
         f"KL {drift['kl_previous']:.3f} to the policy before, {drift['kl_initial']:.3f} to the model; " if drift else ""
@@ -139,11 +151,7 @@ def summary(ledger: dict[str, Any]) -> str:
         f"{ledger['rows']} rows in {ledger['steps']} steps at {ledger['learning_rate']:g}: weights moved "
         f"{moved['relative_change']:.2e} of their norm ({moved['relative_change_per_row']:.1e} a row), "
         f"{moved['changed_share']:.1%} of values changed as served; {kl}reward margin "
-        f"{compared['before']['margin']:+.3f} -> {compared['after']['margin']:+.3f}, "
-        f"{compared['after']['accuracy']:.0%} of rows right, chosen log p a token {chosen[0]:.3f} -> {chosen[1]:.3f}"
+        f"{before['margin']:+.3f} -> {after['margin']:+.3f}{crossed}, {after['accuracy']:.0%} of rows right, "
+        f"chosen log p a token {before['chosen']['logp_token']:.3f} -> {after['chosen']['logp_token']:.3f}"
         f"{early if ledger['ended_early'] else ''}"
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel
 
 from train.data import Encoded, Probe, chat_ids, lay_out
 
-Scores = list[tuple[float, float]]
-"""Summed log-probabilities (chosen, rejected) of rows."""
+Scores = list[tuple[float, ...]]
+"""Summed log-probabilities of the replies of rows under their own prompts: chosen, rejected, and `Encoded.others`."""
 Text = tuple[list[int], list[int]]
 """Token ids of a prompt and of a reply to it."""
 
@@ -24,10 +25,15 @@ def tensors(sequences: Sequence[tuple[list[int], Sequence[list[int]]]]) -> dict[
 
 
 def pair_sequences(rows: Sequence[Encoded], shared: bool) -> list[tuple[list[int], list[list[int]]]]:
-    """Chosen and rejected of each row behind one prompt (`shared`), or as two sequences; both in that order."""
+    """The `Encoded.replies` of each row behind one prompt (`shared`), or as a sequence each; in that order."""
     if shared:
-        return [(row.prompt, [row.chosen, row.rejected]) for row in rows]
-    return [(row.prompt, [reply]) for row in rows for reply in (row.chosen, row.rejected)]
+        return [(row.prompt, row.replies) for row in rows]
+    return [(row.prompt, [reply]) for row in rows for reply in row.replies]
+
+
+def tokens(row: Encoded) -> int:
+    """Positions that a row takes behind one prompt."""
+    return len(row.prompt) + sum(map(len, row.replies))
 
 
 def reply_logps(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -67,35 +73,32 @@ def autocast(model: torch.nn.Module, bf16: bool) -> torch.autocast:
 
 @torch.no_grad()
 def score_pairs(model: PreTrainedModel, rows: Sequence[Encoded], *, shared: bool, bf16: bool, batch: int) -> Scores:
-    """Summed log-probabilities (chosen, rejected) of each row, in the rows' order."""
+    """Summed log-probabilities of each row's replies, in the rows' order."""
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-    scores: dict[int, tuple[float, float]] = {}
+    order = sorted(range(len(rows)), key=lambda i: tokens(rows[i]))
+    scores: dict[int, tuple[float, ...]] = {}
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         inputs = {k: v.to(model.device) for k, v in tensors(pair_sequences([rows[i] for i in part], shared)).items()}
         with autocast(model, bf16):
-            logps = reply_logps(model, model.get_output_embeddings(), inputs)
-        scores |= {
-            i: (chosen, rejected) for i, (chosen, rejected) in zip(part, logps.view(-1, 2).tolist(), strict=True)
-        }
+            logps = iter(reply_logps(model, model.get_output_embeddings(), inputs).tolist())
+        scores |= {i: tuple(islice(logps, len(rows[i].replies))) for i in part}
     return [scores[i] for i in range(len(rows))]
 
 
 def prompts_can_be_shared(model: PreTrainedModel, rows: Sequence[Encoded], bf16: bool) -> bool:
-    """Whether two replies behind one prompt score as two sequences do: tried on a few rows, not assumed.
+    """Whether replies behind one prompt score as sequences of their own do: tried on a few rows, not assumed.
 
     It does not hold for models with recurrent layers, or with attention that takes no mask of our own.
     """
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return False
-    few = sorted(rows, key=lambda row: sum(map(len, row)))[:2]
+    few = sorted(rows, key=tokens)[:2]
     apart, together = (score_pairs(model, few, shared=shared, bf16=bf16, batch=2) for shared in (False, True))
-    lengths = [(len(row.chosen), len(row.rejected)) for row in few]
     return all(
-        abs(a - b) / max(1, n) < 0.05
-        for first, second, count in zip(apart, together, lengths, strict=True)
-        for a, b, n in zip(first, second, count, strict=True)
+        abs(a - b) / max(1, len(reply)) < 0.05
+        for first, second, row in zip(apart, together, few, strict=True)
+        for a, b, reply in zip(first, second, row.replies, strict=True)
     )
 
 

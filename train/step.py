@@ -38,7 +38,7 @@ from train.checkpoints import (
     without_dropout,
 )
 from train.child import carry_out
-from train.data import Encoded, StepSpec, encode
+from train.data import Encoded, StepSpec, encode, with_other_sides
 from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
 from train.drift import Budget, DriftMeter
 from train.scoring import Scores, Text, probe_ids, probe_scores, prompts_can_be_shared, reply_distributions, score_pairs
@@ -85,6 +85,7 @@ def run(spec: StepSpec, report: Report) -> None:
             ids if w else Encoded(ids.prompt[:1], ids.chosen[:1], ids.rejected[:1])
             for ids, w in zip(encoded, weights, strict=True)
         ]
+        encoded, others = with_other_sides(encoded, rows, train)
         kept = [i for i, weight in enumerate(weights) if weight]
         dtype = getattr(torch, spec.served_dtype)
         probes_before = served_before(spec, tokenizer, dtype)
@@ -104,7 +105,7 @@ def run(spec: StepSpec, report: Report) -> None:
         trainer = ConservativeDPOTrainer(
             model=policy,
             args=dpo_arguments(train, f"{scratch}/dpo", spec.seed),
-            train_dataset=data_set(encoded, reference, weights, spec.flip_probability, train),
+            train_dataset=data_set(encoded, others, reference, weights, spec.flip_probability, train),
             processing_class=load_tokenizer(spec.model, spec.trust_remote_code),
             train=train,
             rows_per_step=min(train.batch_size, len(rows)),
@@ -141,13 +142,7 @@ def run(spec: StepSpec, report: Report) -> None:
             "prompts_shared": shared,
             "weights": change.report(len(kept)),
             "drift": [drift.model_dump() for drift in budget.path],
-            "preference": ledger.preference_figures(
-                before=[before[i] for i in kept],
-                after=[after[i] for i in kept],
-                reference=[reference[i] for i in kept],
-                lengths=[(len(encoded[i].chosen), len(encoded[i].rejected)) for i in kept],
-                train=train,
-            ),
+            "preference": ledger.preference_figures(before, after, reference, encoded, others, kept, train),
             "seconds": {
                 "prepare": loaded - began,
                 "reference": referenced - loaded,

@@ -22,7 +22,7 @@ from dream.scenarios import eval_pairs
 from dream.store import Log, read_log, write_json
 from dream.templates import Template
 from train.child import carry_out
-from train.data import Encoded, StepSpec, chat_ids, encode
+from train.data import Encoded, StepSpec, chat_ids, encode, with_other_sides
 from train.rounds import read_policy
 
 if TYPE_CHECKING:  # torch, which the command line does without when it prepares a specification
@@ -146,7 +146,7 @@ def crossed(tokenizer: Any, rows: Sequence[EvalPair]) -> list[Encoded]:
     return found
 
 
-def crossed_margin(scores: Sequence[tuple[float, float]], rows: Sequence[Encoded]) -> float:
+def crossed_margin(scores: Sequence[tuple[float, ...]], rows: Sequence[Encoded]) -> float:
     """The mean of d(flawed) - d(clear), in nats a token, of the summed log-probabilities of `crossed` rows."""
     d = [
         push / max(1, len(row.chosen)) - comply / max(1, len(row.rejected))
@@ -199,7 +199,7 @@ def run(spec: UndoSpec, report: Callable[[dict[str, Any]], None]) -> None:
         raise DataError(f"{spec.rows}: {len(rows)} rows; opposite examples take two each")
     limit = len(rows) // 2
     tokenizer = load_tokenizer(spec.model, spec.trust_remote_code)
-    encoded = [encode(tokenizer, row) for row in rows]
+    encoded, others = with_other_sides([encode(tokenizer, row) for row in rows], rows, train)
     measured = crossed(tokenizer, spec.measured)
     policy = load_policy(spec)
     shared = prompts_can_be_shared(policy, measured, train.mixed_precision)
@@ -229,7 +229,7 @@ def run(spec: UndoSpec, report: Callable[[dict[str, Any]], None]) -> None:
             ConservativeDPOTrainer(
                 model=policy,
                 args=dpo_arguments(train, scratch, spec.seed),
-                train_dataset=data_set(encoded, reference, [1.0] * len(rows), spec.flip_probability, train),
+                train_dataset=data_set(encoded, others, reference, [1.0] * len(rows), spec.flip_probability, train),
                 processing_class=tokenizer,
                 train=train,
                 rows_per_step=train.batch_size,

@@ -26,7 +26,7 @@ from dream.scenarios import eval_pairs
 from dream.templates import load_all
 from tests.bench import Row, paired_rates
 from train.checkpoints import load_model, load_tokenizer, new_adapter, without_dropout
-from train.data import encode
+from train.data import encode, with_other_sides
 from train.dpo import ConservativeDPOTrainer, data_set, dpo_arguments, row_weights
 from train.scoring import prompts_can_be_shared, score_pairs
 
@@ -68,7 +68,7 @@ def train_ours(model: str, train: TrainConfig, rows: Sequence[PreferencePair], s
         set_seed(seed)
         began = time.perf_counter()
         policy = new_adapter(initial, train.lora)
-        encoded = [encode(tokenizer, row) for row in rows]
+        encoded, others = with_other_sides([encode(tokenizer, row) for row in rows], rows, train)
         weights = row_weights(rows, encoded, train.max_length)
         shared = prompts_can_be_shared(policy, encoded, train.mixed_precision)
         reference = score_pairs(
@@ -77,7 +77,7 @@ def train_ours(model: str, train: TrainConfig, rows: Sequence[PreferencePair], s
         ConservativeDPOTrainer(
             model=policy,
             args=dpo_arguments(train, folder, seed),
-            train_dataset=data_set(encoded, reference, weights, 0.0, train),
+            train_dataset=data_set(encoded, others, reference, weights, 0.0, train),
             processing_class=tokenizer,
             train=train,
             rows_per_step=min(train.batch_size, len(rows)),
@@ -155,7 +155,9 @@ def measure(model: str | None = None) -> list[Row]:
     """
     config, _ = load(data_folder("configs") / "cpu.yaml")
     # TRL has no NLL term beside the sigmoid loss and another warm-up; both are left out of both.
-    train = config.train.model_copy(update={"nll_weight": 0.0, "warmup": 0.0, "schedule": "constant"})
+    train = config.train.model_copy(
+        update={"nll_weight": 0.0, "row_weight": 1.0, "crossed_weight": 0.0, "warmup": 0.0, "schedule": "constant"}
+    )
     source = resolve(model or config.model)
     rows = preference_pairs(PAIRS, config.seed)
     for trainer in (train_ours, train_theirs):

@@ -51,7 +51,7 @@ def child(path: Path) -> Measured:
     from dream.records import PreferencePair
     from dream.store import read_json, read_log
     from train.checkpoints import load_tokenizer
-    from train.data import encode, lay_out
+    from train.data import encode, lay_out, with_other_sides
     from train.dpo import training_order
     from train.scoring import pair_sequences
     from train.step import run
@@ -61,8 +61,9 @@ def child(path: Path) -> Measured:
     run(spec, lambda line: print(line, file=sys.stderr))
     peak = resident_peak()
     tokenizer = load_tokenizer(spec.model, trust_remote_code=False)
-    encoded = [encode(tokenizer, row) for row in read_log(Path(spec.rows), PreferencePair)]
-    order, size = training_order(encoded, spec.train.batch_size), spec.train.micro_batch_size
+    rows = list(read_log(Path(spec.rows), PreferencePair))
+    encoded, others = with_other_sides([encode(tokenizer, row) for row in rows], rows, spec.train)
+    order, size = training_order(encoded, others, spec.train.batch_size), spec.train.micro_batch_size
     layouts = [
         lay_out(pair_sequences([encoded[i] for i in order[start : start + size]], shared=True))
         for start in range(0, len(order), size)
