@@ -70,6 +70,20 @@ def test_shares_are_respected(arrange, setup: dict) -> None:
     assert more > setup["general"] or more > setup["general_share"] * (len(rows) + 2) - 1e-6
 
 
+def test_mirrored_pairs_follow_each_other(make_row, make_pair) -> None:
+    """Wherever the shuffle puts them, also when a mirror is stored apart from its twin."""
+    mirrors = [make_pair(f"own-{n}m") for n in range(6)]
+    mirrors = [
+        pair.model_copy(update={"clear": pair.clear.model_copy(update={"meta": {"mirror_of": f"own-{n}"}})})
+        for n, pair in enumerate(mirrors)
+    ]
+    pairs = [*(make_pair(f"own-{n}") for n in range(6)), *mirrors]
+    rows = round_rows(pairs, [], [], batch_size=8, general_share=0, replay_share=0, seed=3)
+    names = [row.pair_id for row in rows[::2]]
+    assert [f"{name}m" for name in names[::2]] == names[1::2]
+    assert names[::2] != sorted(names[::2])
+
+
 @given(setup=rounds())
 def test_same_seed_same_rows(arrange, setup: dict) -> None:
     """The same seed gives the same rows in the same order."""

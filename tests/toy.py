@@ -43,7 +43,9 @@ def toy_rows(count: int = 8) -> list[PreferencePair]:
     return made
 
 
-def train_toy(model: Path, out: Path, *, sft: bool = False, **settings: Any) -> list[dict[str, Any]]:
+def train_toy(
+    model: Path, out: Path, *, sft: bool = False, served_dtype: str = "float32", **settings: Any
+) -> list[dict[str, Any]]:
     """Runs one training step on the toy rows, KL measured on an unseen prompt; what it reported."""
     from train.step import run  # torch and trl take seconds to import
 
@@ -54,7 +56,7 @@ def train_toy(model: Path, out: Path, *, sft: bool = False, **settings: Any) -> 
     config = TrainConfig(**{"batch_size": 4, "micro_batch_size": 2, "bf16": False, "learning_rate": 1e-2, **settings})
     reports: list[dict[str, Any]] = []
     spec = StepSpec(
-        model=str(model), rows=str(path), out=str(out), train=config, served_dtype="float32", sft=sft,
+        model=str(model), rows=str(path), out=str(out), train=config, served_dtype=served_dtype, sft=sft,
         heldout=[Probe(messages=[user("z w")], reply="a b c")],
     )  # fmt: skip
     run(spec, reports.append)

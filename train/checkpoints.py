@@ -1,7 +1,7 @@
 """Result folders that are whole or absent, and a policy's weights as they are served.
 
 A policy is an initial model plus an adapter, or a folder of full weights. The engine gets merged weights: every tensor
-is computed in float32 and rounded once to the served precision.
+is computed in float32 and rounded once to the served precision (`as_served`).
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import peft
 import torch
@@ -166,7 +167,7 @@ def merge_adapters(
                 before = initial + module.get_delta_weight("start").float()
             on_change(parameter_name(name), before, after)
         touched.add(id(layer.weight))
-        layer.weight.data = after.to(dtype)
+        layer.weight.data = as_served(parameter_name(name), after, dtype)
     plain = model.unload()
     assert isinstance(plain, PreTrainedModel)
     if on_change is not None:
@@ -185,12 +186,31 @@ def replace_weights(base: PreTrainedModel, trained: Mapping[str, torch.Tensor], 
     return base
 
 
-def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters in `dtype`. Buffers stay: rotary frequencies must not lose their precision."""
-    for value in model.parameters():
-        value.data = value.data.to(dtype)
+def rounded(model: PreTrainedModel, dtype: torch.dtype, trained: bool = False) -> PreTrainedModel:
+    """The model with its parameters in `dtype`: to the nearest, as an engine loads them, or `as_served` when `trained`.
+
+    Buffers stay: rotary frequencies must not lose their precision.
+    """
+    for name, value in model.named_parameters():
+        value.data = as_served(name, value.data, dtype) if trained else value.data.to(dtype)
     model.config.dtype = dtype
     return model
+
+
+def as_served(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A trained float32 parameter in the served precision.
+
+    To bfloat16 it is rounded up or down at random, in proportion to the distance, so that on average what is served is
+    what was trained (stochastic rounding; Gupta et al. 2015, arXiv 1502.02551). A conservative step moves most weights
+    by less than half of bfloat16's spacing, and to the nearest they would not move at all (docs/LOG.md). The chance is
+    seeded by the parameter's name: the same weights are always served alike.
+    """
+    if dtype != torch.bfloat16 or value.dtype != torch.float32:
+        return value.to(dtype)
+    chance = torch.Generator(value.device).manual_seed(crc32(name.encode()))
+    low_half = torch.randint(1 << 16, value.shape, generator=chance, dtype=torch.int32, device=value.device)
+    bits = value.contiguous().view(torch.int32) + low_half
+    return (bits & -(1 << 16)).view(torch.float32).to(dtype)
 
 
 def parameter_name(module_name: str) -> str:

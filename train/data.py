@@ -78,9 +78,10 @@ def round_rows(
 
     All own pairs, `replay_share` times as many replayed ones, and general rows up to `general_share` of all rows (an
     even number of them). Both rows of a contrast pair stand in the same step, so every step holds as many flawed as
-    contrasting clear directions and the unconditional part of the gradient cancels within it. General rows are spread
-    evenly. The last step may be short. The same seed gives the same rows. `sides` leaves out the rows of one side (a
-    general row has a clear direction), which is what pairs are there to prevent.
+    contrasting clear directions and the unconditional part of the gradient cancels within it. A pair and its mirror
+    follow each other, so that where a step's end does not part them the direction's words cancel, too. General rows are
+    spread evenly. The last step may be short. The same seed gives the same rows. `sides` leaves out the rows of one
+    side (a general row has a clear direction), which is what pairs are there to prevent.
 
     Raises:
         ConfigError: an odd `batch_size` cannot hold both sides of every scenario.
@@ -92,7 +93,10 @@ def round_rows(
         )
     rng = random.Random(seed)
     contrast = pairs + rng.sample(replay, min(len(replay), round(replay_share * len(pairs))))
-    rng.shuffle(contrast)
+    families: dict[str, list[ContrastPair]] = {}
+    for pair in contrast:
+        families.setdefault(pair.clear.meta.get("mirror_of") or pair.clear.pair_id, []).append(pair)
+    contrast = [pair for family in rng.sample(list(families.values()), len(families)) for pair in family]
     # g <= share * (2c + g); the small number keeps 0.25 * 24 / 0.75 from becoming 7.999...
     wanted = int(general_share * 2 * len(contrast) / (1 - general_share) + 1e-9)
     plain = rng.sample(general, min(len(general), wanted) // 2 * 2)

@@ -12,6 +12,7 @@ import torch
 
 from dream.config import TrainConfig
 from dream.engine import mean
+from train.checkpoints import as_served
 from train.data import Encoded
 from train.dpo import compared, preference
 from train.scoring import Scores
@@ -46,7 +47,7 @@ class ChangeMeter:
         squares, moved, changed = self._square(before), 0.0, 0
         if after is not before:
             moved = self._square(after - before)
-            changed = int((after.to(self._served) != before.to(self._served)).sum())
+            changed = int((as_served(name, after, self._served) != as_served(name, before, self._served)).sum())
         sums = self._sums.setdefault(group(name), [0.0, 0.0, 0.0, 0.0])
         for place, value in enumerate((squares, moved, changed, before.numel())):
             sums[place] += value

@@ -157,9 +157,11 @@ def served_before(spec: StepSpec, tokenizer: Any, dtype: torch.dtype) -> list[fl
     """Probe scores of the current policy as it is served."""
     if not spec.probes:
         return []
-    source = spec.model if spec.train.method == "lora" else spec.weights or spec.model
-    base = load_model(source, "auto", spec.trust_remote_code)
-    return probe_scores(merge_adapters(base, spec.adapter, None, dtype), tokenizer, spec.probes)
+    if spec.train.method == "full" and spec.weights:
+        served = rounded(load_model(spec.weights, "auto", spec.trust_remote_code), dtype, trained=True)
+    else:
+        served = merge_adapters(load_model(spec.model, "auto", spec.trust_remote_code), spec.adapter, None, dtype)
+    return probe_scores(served, tokenizer, spec.probes)
 
 
 def reference_scores(
@@ -206,7 +208,7 @@ def save_policy(
         masters = replace_weights(base, dict(policy.named_parameters()), meter.add)
         if dtype != torch.float32:
             rounded(masters, torch.float32).save_pretrained(folder / "masters")
-        served = rounded(masters, dtype)
+        served = rounded(masters, dtype, trained=True)
     gc.collect()
     served.save_pretrained(folder / "weights")
     return served
