@@ -235,7 +235,7 @@ class TrainConfig(Section):
     length_normalized: bool = False
     "Compare mean instead of summed log-probabilities of replies; `beta` then wants to be 10 to 50 times larger."
     row_weight: float = Field(1.0, ge=0)
-    "Weight of comparing the two replies of a row under its own prompt, which is DPO."
+    "Weight of DPO on a row that is compared with its other side as well; on any other row it is 1."
     crossed_weight: float = Field(0.0, ge=0)
     """Weight of comparing the two sides of a scenario: chosen should be preferred to rejected more under the row's own
     prompt than under the other one. What the policy thinks of the replies whatever the prompt cancels, so this
@@ -253,6 +253,10 @@ class TrainConfig(Section):
     "Before the first DPO round, one pass of supervised training on the chosen replies."
     sft_learning_rate: float = Field(1e-5, gt=0)
     "Of the warm-up."
+    rehearsal: int = Field(0, ge=0)
+    "Ordinary requests a step that are trained on with the policy's own answers, against forgetting."
+    rehearsal_weight: float = Field(0.5, ge=0)
+    "Weight of their mean-token negative log-likelihood, averaged over a step."
     max_kl: float | None = Field(None, gt=0)
     "Budget of a round: KL to the policy before it on held-out texts, nats a token. Training ends when it is spent."
     max_displacement: float | None = Field(None, gt=0)

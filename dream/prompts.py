@@ -48,6 +48,6 @@ def check_all() -> None:
             _load(path)
 
 
-def lines(name: str) -> list[str]:
-    """The non-empty lines of a prompt file."""
-    return [line.strip() for line in render(name).splitlines() if line.strip()]
+def lines(name: str, **variables: object) -> list[str]:
+    """The non-empty lines of a prompt file, rendered."""
+    return [line.strip() for line in render(name, **variables).splitlines() if line.strip()]

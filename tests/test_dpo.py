@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from toy import toy_rows, train_toy
 
 from dream.config import TrainConfig
+from dream.records import user
 from train.checkpoints import load_model, load_tokenizer
-from train.data import Encoded, encode, lay_out, other_sides, with_other_sides
+from train.data import Encoded, Rehearsed, encode, encode_rehearsed, lay_out, other_sides, with_other_sides
 from train.dpo import compared, conservative_loss, training_order
 from train.ledger import rewarded
 from train.optim import rate_factor
-from train.scoring import score_pairs
+from train.scoring import reply_logps, score_pairs, tensors
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.1, 0.3])
@@ -182,12 +183,27 @@ def test_scores_and_trainer_compare_the_same(toy_model: Path, tmp_path: Path) ->
     tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
     rows = toy_rows()
     encoded, others = with_other_sides([encode(tokenizer, row) for row in rows], rows, train)
-    assert any(i != j for i, j in enumerate(others))
     model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
     own, crossed = compared(score_pairs(model, encoded, shared=False, bf16=False, batch=3), encoded, others, train)
     none = torch.zeros_like(own)
+    assert len(own) == len(rows) == sum(i != j for i, j in enumerate(others))
     wanted = 0.5 * conservative_loss(own, 1.0, none) + 2 * conservative_loss(crossed, 1.0, none)
     assert report["loss"] == pytest.approx(float(wanted.mean()), abs=1e-4)
+
+
+def test_rehearsed_answers_stay_likely(toy_model: Path, tmp_path: Path) -> None:
+    """Beside the same rows, with the same steps, an answer that is rehearsed ends up likelier than one that is not."""
+    text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
+    told = {}
+    for weight in (0.0, 5.0):
+        out = tmp_path / f"weight_{weight:g}"
+        train_toy(toy_model, out, rehearsed=[text], rehearsal=2, rehearsal_weight=weight)
+        model = load_model(str(out / "weights"), torch.float32, trust_remote_code=False)
+        tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
+        prompt, reply = encode_rehearsed(tokenizer, text)
+        assert tokenizer.decode(reply[-1:]) == "<eos>"
+        told[weight] = reply_logps(model, model.get_output_embeddings(), tensors([(prompt, [reply])])).item()
+    assert told[5.0] > told[0.0] + 1
 
 
 def test_warm_up_raises_the_chosen_replies_before_dpo(toy_model: Path, tmp_path: Path) -> None:

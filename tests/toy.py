@@ -1,12 +1,13 @@
 """A two-layer Llama of 31 words, its preference rows, and a training step on them: seconds instead of minutes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dream.config import TrainConfig
 from dream.records import PreferencePair, assistant, user
 from dream.store import Log
-from train.data import Probe, StepSpec
+from train.data import Probe, Rehearsed, StepSpec
 
 
 def build_toy(folder: Path) -> None:
@@ -44,7 +45,13 @@ def toy_rows(count: int = 8) -> list[PreferencePair]:
 
 
 def train_toy(
-    model: Path, out: Path, *, sft: bool = False, served_dtype: str = "float32", **settings: Any
+    model: Path,
+    out: Path,
+    *,
+    sft: bool = False,
+    served_dtype: str = "float32",
+    rehearsed: Sequence[Rehearsed] = (),
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """Runs one training step on the toy rows, KL measured on an unseen prompt; what it reported."""
     from train.step import run  # torch and trl take seconds to import
@@ -57,7 +64,7 @@ def train_toy(
     reports: list[dict[str, Any]] = []
     spec = StepSpec(
         model=str(model), rows=str(path), out=str(out), train=config, served_dtype=served_dtype, sft=sft,
-        heldout=[Probe(messages=[user("z w")], reply="a b c")],
+        rehearsed=list(rehearsed), heldout=[Probe(messages=[user("z w")], reply="a b c")],
     )  # fmt: skip
     run(spec, reports.append)
     return reports

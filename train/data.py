@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dream.config import TrainConfig
 from dream.errors import ConfigError
-from dream.records import ContrastPair, Message, PreferencePair, Record
+from dream.records import ContrastPair, Message, PreferencePair, Record, assistant
 
 Pair = tuple[PreferencePair, PreferencePair]
 
@@ -21,6 +21,14 @@ class Probe(Record):
 
     messages: list[Message]
     reply: str
+
+
+class Rehearsed(Record):
+    """An ordinary request with the policy's own answer, and whether the answer came to its end."""
+
+    messages: list[Message]
+    reply: str
+    finished: bool
 
 
 class Drift(Record):
@@ -57,6 +65,8 @@ class StepSpec(Record):
     """Texts that must score in the engine as they do here."""
     heldout: list[Probe] = []
     """Texts that are not trained on, on which KL is measured."""
+    rehearsed: list[Rehearsed] = []
+    """Texts that are trained on beside the rows, `train.rehearsal` of them in each step."""
     sft: bool = False
     """Whether a warm-up goes before."""
     ray_address: str | None = None
@@ -180,6 +190,15 @@ def with_other_sides(
         ids if i == j else ids._replace(others=(encoded[j].chosen, encoded[j].rejected))
         for i, (ids, j) in enumerate(zip(encoded, others, strict=True))
     ], others
+
+
+def encode_rehearsed(tokenizer: Any, text: Rehearsed) -> tuple[list[int], list[int]]:
+    """Token ids of request and answer, the end of turn included where the answer came to its end."""
+    prompt = chat_ids(tokenizer, text.messages, add_generation_prompt=True)
+    if not text.finished:
+        return prompt, list(tokenizer(text.reply, add_special_tokens=False)["input_ids"])
+    whole = chat_ids(tokenizer, [*text.messages, assistant(text.reply)], add_generation_prompt=False)
+    return prompt, whole[len(prompt) :]
 
 
 class Layout(NamedTuple):

@@ -1,8 +1,8 @@
 """Conservative DPO: the loss, and TRL's trainer without work that changes nothing."""
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
-from math import isfinite
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, cycle, islice
+from math import ceil, isfinite
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dream.errors import TrainingError
 from dream.records import PreferencePair
 from train.data import Encoded
 from train.optim import arguments, scheduler
-from train.scoring import Scores, autocast, pair_sequences, reply_logps, tensors, tokens
+from train.scoring import Scores, Text, autocast, pair_sequences, reply_logps, tensors, tokens
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -74,16 +74,26 @@ def compared(
 class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not typed
     """TRL's DPO trainer with conservative labels, weights per row, an RPO term, and no work on prompt positions.
 
-    Its data set is that of `data_set`. The loss of a row is `train.row_weight` times that of its own comparison, plus
-    `train.crossed_weight` times that of the comparison with its other side (`compared`), plus the RPO term.
+    Its data set is that of `data_set`. The loss of a row is that of its own comparison, plus the RPO term. For a
+    row that is compared with its other side (`compared`) the former counts `train.row_weight` times, and the latter
+    comparison `train.crossed_weight` times. `rehearsed`
+    are token ids of requests and answers that are trained on beside the rows.
     """
 
     loss_is_scaled_for_ga = True  # rows are divided by the rows of a step, also in a short last one
 
     def __init__(
-        self, *args: Any, train: TrainConfig, rows_per_step: int, shared: bool, report: Report, **kwargs: Any
+        self,
+        *args: Any,
+        train: TrainConfig,
+        rows_per_step: int,
+        shared: bool,
+        report: Report,
+        rehearsed: Sequence[Text] = (),
+        **kwargs: Any,
     ) -> None:
         self._train, self._rows_per_step, self._report = train, rows_per_step, report
+        self._rehearsed = cycle(rehearsed) if rehearsed else None
         super().__init__(*args, data_collator=PairCollator(shared), **kwargs)
         self.remove_callback(PrinterCallback)
         if "ref" in getattr(self.model, "peft_config", {}):
@@ -111,12 +121,17 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         nll = -logps[chosen] / lengths[chosen].clamp(min=1)
         own, lost = (preferred(logps[which], lengths[which], train) for which in (inputs["own"], inputs["under_other"]))
         delta = preference(own, inputs["reference"], train)
-        losses = train.row_weight * conservative_loss(delta, self.beta, flip) + train.nll_weight * nll
+        alone = inputs["own"][::2] == inputs["under_other"][::2]
+        weight = torch.where(alone, 1.0, train.row_weight)
+        losses = weight * conservative_loss(delta, self.beta, flip) + train.nll_weight * nll
         if train.crossed_weight:
             apart = preference(own - lost, inputs["crossed_reference"], train)
             losses = losses + train.crossed_weight * conservative_loss(apart, self.beta, flip)
+        loss: torch.Tensor = (inputs["weight"] * losses).sum() / self._rows_per_step
+        if self._rehearsed is not None:
+            loss = loss + train.rehearsal_weight * self._rehearsal_loss(model, head, self._rehearsed)
         # Gradients are averaged over the workers, of which each has its part of the step's rows.
-        loss: torch.Tensor = (inputs["weight"] * losses).sum() / self._rows_per_step * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the loss became {loss.item()} in step {self.state.global_step + 1}; lower train.learning_rate"
@@ -125,6 +140,15 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         self._metrics["train"]["margin"] += (self.beta * delta).tolist()
         self._metrics["train"]["accuracy"] += (delta > 0).float().tolist()
         return loss
+
+    def _rehearsal_loss(self, model: torch.nn.Module, head: torch.nn.Module, texts: Iterator[Text]) -> torch.Tensor:
+        """A micro batch's part of the mean negative log-likelihood of a step's `train.rehearsal` texts, by token."""
+        parts = self._train.batch_size // self._train.micro_batch_size
+        some = [(prompt, [reply]) for prompt, reply in islice(texts, ceil(self._train.rehearsal / parts))]
+        batch = {name: value.to(self.accelerator.device) for name, value in tensors(some).items()}
+        with autocast(model, self._train.mixed_precision):
+            logps = reply_logps(model, head, batch)
+        return -(logps / batch["lengths"].clamp(min=1)).mean() / parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Reports an optimiser step."""

@@ -30,6 +30,7 @@ from train.data import Probe, StepSpec, round_rows
 from train.evals import RoundEvaluation, evaluate_round, summary
 from train.gate import Decision, decide
 from train.lm_tasks import lm_scores
+from train.rehearsal import rehearse
 
 Trainer = Callable[[StepSpec, Path], None]
 """Carries out one training step; the command line runs a child process, tests may do without."""
@@ -202,6 +203,8 @@ async def train_candidate(
             batch_size=config.batch_size, general_share=loop.config.generate.general_share,
             replay_share=config.replay_share, seed=loop.config.seed * 1000 + number, sides=config.sides,
         )  # fmt: skip
+        steps = ceil(len(rows) / config.batch_size)
+        rehearsed = await rehearse(loop.engine, config.rehearsal * steps, loop.config.seed * 1000 + number)
         (folder / "rows.jsonl").unlink(missing_ok=True)
         log = Log(folder / "rows.jsonl")
         log.append(*rows)
@@ -219,6 +222,7 @@ async def train_candidate(
             trust_remote_code=loop.config.engine.trust_remote_code,
             probes=probes(loop.templates),
             heldout=heldout_texts(loop.templates, loop.config.seed),
+            rehearsed=rehearsed,
             sft=config.sft_warmup and policy.round == 0,
             ray_address=loop.config.ray.address,
         )

@@ -38,7 +38,7 @@ from train.checkpoints import (
     without_dropout,
 )
 from train.child import carry_out
-from train.data import Encoded, StepSpec, encode, with_other_sides
+from train.data import Encoded, StepSpec, encode, encode_rehearsed, with_other_sides
 from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
 from train.drift import Budget, DriftMeter
 from train.scoring import Scores, Text, probe_ids, probe_scores, prompts_can_be_shared, reply_distributions, score_pairs
@@ -111,6 +111,7 @@ def run(spec: StepSpec, report: Report) -> None:
             rows_per_step=min(train.batch_size, len(rows)),
             shared=shared,
             report=report,
+            rehearsed=[encode_rehearsed(tokenizer, text) for text in spec.rehearsed],
         )
         budget = Budget(meter, train)
         trainer.add_callback(budget)

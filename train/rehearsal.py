@@ -1,0 +1,40 @@
+"""What keeps a policy as it is where no pair speaks: ordinary requests with the policy's own answers, trained on beside
+the pairs as they are, right or wrong (self-synthesised rehearsal; Huang et al. 2024, arXiv 2403.01244)."""
+
+import asyncio
+import random
+
+from dream import prompts
+from dream.engine import Engine, Sampling
+from dream.records import user
+from train.data import Rehearsed
+
+MAX_TOKENS = 48
+"""Of an answer; a longer one is trained on without its end."""
+
+
+async def rehearse(engine: Engine, count: int, seed: int) -> list[Rehearsed]:
+    """`count` requests, answered by the served policy."""
+
+    async def answered(request: str) -> Rehearsed:
+        messages = [user(request)]
+        (reply,) = await engine.generate(messages, Sampling(1, MAX_TOKENS, temperature=0.7, min_p=0.05))
+        return Rehearsed(messages=messages, reply=reply.text, finished=reply.finish_reason == "stop")
+
+    answers = await asyncio.gather(*map(answered, requests(count, seed)))
+    return [answer for answer in answers if answer.reply.strip()]
+
+
+def requests(count: int, seed: int) -> list[str]:
+    """`count` requests: lines of prompts/rehearsal/questions.j2, and sums and differences of small numbers, in turn."""
+    rng = random.Random(f"rehearsal/{seed}")
+    lines = prompts.lines("rehearsal/questions")
+    rng.shuffle(lines)
+    made = []
+    for number in range(count):
+        if number % 2:
+            a, b = sorted((rng.randint(2, 60), rng.randint(2, 60)), reverse=True)
+            made.append(rng.choice(prompts.lines("rehearsal/sums", a=a, b=b, sign=rng.choice("+-"))))
+        else:
+            made.append(lines[number // 2 % len(lines)])
+    return made
