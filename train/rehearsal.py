@@ -9,7 +9,7 @@ from dream.engine import Engine, Sampling
 from dream.records import user
 from train.data import Rehearsed
 
-MAX_TOKENS = 48
+MAX_TOKENS = 64
 """Of an answer; a longer one is trained on without its end."""
 
 
