@@ -17,7 +17,7 @@ from train.data import Encoded, Rehearsed, encode, encode_rehearsed, lay_out, ot
 from train.dpo import compared, conservative_loss, training_order
 from train.ledger import rewarded
 from train.optim import rate_factor
-from train.scoring import reply_logps, score_pairs, tensors
+from train.scoring import coarse_logps, forgotten, remember, score_pairs
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.1, 0.3])
@@ -191,19 +191,32 @@ def test_scores_and_trainer_compare_the_same(toy_model: Path, tmp_path: Path) ->
     assert report["loss"] == pytest.approx(float(wanted.mean()), abs=1e-4)
 
 
-def test_rehearsed_answers_stay_likely(toy_model: Path, tmp_path: Path) -> None:
-    """Beside the same rows, with the same steps, an answer that is rehearsed ends up likelier than one that is not."""
+def test_what_is_rehearsed_stays_as_it_was(toy_model: Path, tmp_path: Path) -> None:
+    """Beside the same rows, with the same steps, the policy goes far less far from what it thought of a rehearsed text;
+    before training it has forgotten nothing."""
     text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
-    told = {}
-    for weight in (0.0, 5.0):
+    tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
+    ids = encode_rehearsed(tokenizer, text)
+    assert tokenizer.decode(ids[1][-1:]) == "<eos>"
+    initial = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    remembered = remember(initial, [ids], bf16=False)
+    lost = {}
+    for weight in (0.0, 50.0):
         out = tmp_path / f"weight_{weight:g}"
         train_toy(toy_model, out, rehearsed=[text], rehearsal=2, rehearsal_weight=weight)
         model = load_model(str(out / "weights"), torch.float32, trust_remote_code=False)
-        tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
-        prompt, reply = encode_rehearsed(tokenizer, text)
-        assert tokenizer.decode(reply[-1:]) == "<eos>"
-        told[weight] = reply_logps(model, model.get_output_embeddings(), tensors([(prompt, [reply])])).item()
-    assert told[5.0] > told[0.0] + 1
+        lost[weight] = forgotten(model, model.get_output_embeddings(), remembered).item()
+    assert forgotten(initial, initial.get_output_embeddings(), remembered).item() == pytest.approx(0, abs=1e-6)
+    assert 0 < lost[50.0] < lost[0.0] / 2
+
+
+def test_the_rest_of_the_vocabulary_counts_together() -> None:
+    """Coarse log-probabilities are those of the chosen tokens and of all the others, and sum to one."""
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    likeliest = logits.topk(4).indices
+    coarse = coarse_logps(logits, likeliest).exp()
+    assert coarse.sum(-1).tolist() == pytest.approx([1, 1, 1])
+    assert torch.allclose(coarse[:, :4], logits.softmax(-1).gather(-1, likeliest))
 
 
 def test_warm_up_raises_the_chosen_replies_before_dpo(toy_model: Path, tmp_path: Path) -> None:

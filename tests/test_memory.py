@@ -225,10 +225,12 @@ def test_configured_combination_comes_first() -> None:
     ]  # fmt: skip
 
 
-def test_largest_batch_holds_both_replies() -> None:
-    """Prompt and one reply fill `train.max_length`; the other reply stands behind them."""
-    asked = config(generate={"max_tokens": 40}, train={"max_length": 100, "micro_batch_size": 4})
-    assert largest_batch(asked) == Batch(rows=4, width=140, replies=320)
+@pytest.mark.parametrize(("crossed", "batch"), [(0.0, Batch(4, 140, 320)), (1.0, Batch(4, 220, 640))])
+def test_largest_batch_holds_all_replies(crossed: float, batch: Batch) -> None:
+    """Prompt and one reply fill `train.max_length`; the others stand behind them: one, or three where sides are
+    compared."""
+    train = {"max_length": 100, "micro_batch_size": 4, "crossed_weight": crossed}
+    assert largest_batch(config(generate={"max_tokens": 40}, train=train)) == batch
 
 
 def test_sizes_of_the_text_part_count() -> None:

@@ -17,7 +17,7 @@ from dream.errors import TrainingError
 from dream.records import PreferencePair
 from train.data import Encoded
 from train.optim import arguments, scheduler
-from train.scoring import Scores, Text, autocast, pair_sequences, reply_logps, tensors, tokens
+from train.scoring import Remembered, Scores, autocast, forgotten, pair_sequences, reply_logps, tensors, tokens
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -77,7 +77,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
     Its data set is that of `data_set`. The loss of a row is that of its own comparison, plus the RPO term. For a
     row that is compared with its other side (`compared`) the former counts `train.row_weight` times, and the latter
     comparison `train.crossed_weight` times. `rehearsed`
-    are token ids of requests and answers that are trained on beside the rows.
+    are texts of which the policy is to think as it did.
     """
 
     loss_is_scaled_for_ga = True  # rows are divided by the rows of a step, also in a short last one
@@ -89,7 +89,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         rows_per_step: int,
         shared: bool,
         report: Report,
-        rehearsed: Sequence[Text] = (),
+        rehearsed: Sequence[Remembered] = (),
         **kwargs: Any,
     ) -> None:
         self._train, self._rows_per_step, self._report = train, rows_per_step, report
@@ -141,14 +141,13 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         self._metrics["train"]["accuracy"] += (delta > 0).float().tolist()
         return loss
 
-    def _rehearsal_loss(self, model: torch.nn.Module, head: torch.nn.Module, texts: Iterator[Text]) -> torch.Tensor:
-        """A micro batch's part of the mean negative log-likelihood of a step's `train.rehearsal` texts, by token."""
+    def _rehearsal_loss(
+        self, model: torch.nn.Module, head: torch.nn.Module, texts: Iterator[Remembered]
+    ) -> torch.Tensor:
+        """A micro batch's part of what a step's `train.rehearsal` texts say was forgotten."""
         parts = self._train.batch_size // self._train.micro_batch_size
-        some = [(prompt, [reply]) for prompt, reply in islice(texts, ceil(self._train.rehearsal / parts))]
-        batch = {name: value.to(self.accelerator.device) for name, value in tensors(some).items()}
         with autocast(model, self._train.mixed_precision):
-            logps = reply_logps(model, head, batch)
-        return -(logps / batch["lengths"].clamp(min=1)).mean() / parts
+            return forgotten(model, head, list(islice(texts, ceil(self._train.rehearsal / parts)))) / parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Reports an optimiser step."""

@@ -1,5 +1,9 @@
-"""What keeps a policy as it is where no pair speaks: ordinary requests with the policy's own answers, trained on beside
-the pairs as they are, right or wrong (self-synthesised rehearsal; Huang et al. 2024, arXiv 2403.01244)."""
+"""What keeps a policy as it is where no pair speaks: ordinary requests with the policy's own answers, right or wrong,
+of which it is to think as it did before the round.
+
+Distilled from itself (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282) on texts of its own making
+(self-synthesised rehearsal; Huang et al. 2024, arXiv 2403.01244).
+"""
 
 import asyncio
 import random
@@ -10,7 +14,7 @@ from dream.records import user
 from train.data import Rehearsed
 
 MAX_TOKENS = 64
-"""Of an answer; a longer one is trained on without its end."""
+"""Of an answer; a longer one has no end."""
 
 
 async def rehearse(engine: Engine, count: int, seed: int) -> list[Rehearsed]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ Scores = list[tuple[float, ...]]
 """Summed log-probabilities of the replies of rows under their own prompts: chosen, rejected, and `Encoded.others`."""
 Text = tuple[list[int], list[int]]
 """Token ids of a prompt and of a reply to it."""
+LIKELIEST = 64
+"""Tokens whose probabilities are remembered one by one; the others count together."""
 
 
 def tensors(sequences: Sequence[tuple[list[int], Sequence[list[int]]]]) -> dict[str, torch.Tensor]:
@@ -37,10 +39,16 @@ def tokens(row: Encoded) -> int:
 
 
 def reply_logps(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probability of each reply under its prompt, summed over its tokens, in nats; shape (replies,), float32.
+    """Log-probability of each reply under its prompt, summed over its tokens, in nats; shape (replies,), float32."""
+    logps = -F.cross_entropy(reply_logits(model, head, batch), batch["tokens"], reduction="none")
+    return logps.new_zeros(len(batch["lengths"])).index_add(0, batch["replies"], logps)
 
-    Only the positions that predict a reply token go through `head`, the vocabulary projection: on a CPU the projection
-    of every position costs more than the transformer. The model's own forward runs, so that its logit scaling applies.
+
+def reply_logits(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits where a reply token is predicted, shape (reply tokens, vocabulary), float32.
+
+    Only these positions go through `head`, the vocabulary projection: on a CPU the projection of every position costs
+    more than the transformer. The model's own forward runs, so that its logit scaling applies.
     """
     segments = batch["segments"]
     mask = None
@@ -49,8 +57,8 @@ def reply_logps(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, 
         mask = own.tril()[:, None]
     with _head_only_at(head, batch["sources"]):
         output = model(input_ids=batch["ids"], attention_mask=mask, position_ids=batch["positions"], use_cache=False)
-    logps = -F.cross_entropy(output.logits.float(), batch["tokens"], reduction="none")
-    return logps.new_zeros(len(batch["lengths"])).index_add(0, batch["replies"], logps)
+    logits: torch.Tensor = output.logits.float()
+    return logits
 
 
 @contextmanager
@@ -127,10 +135,53 @@ def reply_distributions(model: PreTrainedModel, texts: Sequence[Text]) -> list[t
     found = []
     for prompt, reply in texts:
         batch = {name: value.to(model.device) for name, value in tensors([(prompt, [reply])]).items()}
-        with _head_only_at(model.get_output_embeddings(), batch["sources"]):
-            output = model(input_ids=batch["ids"], position_ids=batch["positions"], use_cache=False)
-        found.append(output.logits.float().log_softmax(-1).cpu())
+        found.append(reply_logits(model, model.get_output_embeddings(), batch).log_softmax(-1).cpu())
     return found
+
+
+class Remembered(NamedTuple):
+    """A text and what the policy thought of each of its reply tokens before training.
+
+    `likeliest` are the ids of the likeliest tokens, shape (tokens, LIKELIEST); `logps` their log-probabilities and, in
+    the last column, that of all others together.
+    """
+
+    text: Text
+    likeliest: torch.Tensor
+    logps: torch.Tensor
+
+
+@torch.no_grad()
+def remember(model: PreTrainedModel, texts: Sequence[Text], bf16: bool) -> list[Remembered]:
+    """The texts as the model sees them now."""
+    model.eval()
+    found = []
+    for prompt, reply in texts:
+        batch = {name: value.to(model.device) for name, value in tensors([(prompt, [reply])]).items()}
+        with autocast(model, bf16):
+            logits = reply_logits(model, model.get_output_embeddings(), batch)
+        likeliest = logits.topk(min(LIKELIEST, logits.shape[-1] - 1)).indices
+        found.append(Remembered((prompt, reply), likeliest, coarse_logps(logits, likeliest)))
+    return found
+
+
+def coarse_logps(logits: torch.Tensor, likeliest: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the tokens `likeliest` and of all others together, shape (tokens, LIKELIEST + 1)."""
+    kept = logits.log_softmax(-1).gather(-1, likeliest)
+    others = torch.log1p(-kept.logsumexp(-1, keepdim=True).exp().clamp(max=1 - 1e-6))
+    return torch.cat([kept, others], dim=-1)
+
+
+def forgotten(model: torch.nn.Module, head: torch.nn.Module, texts: Sequence[Remembered]) -> torch.Tensor:
+    """KL divergence of the model's view of the texts from the remembered one, in nats, the mean over their tokens.
+
+    It is that of distributions over the likeliest tokens and the rest, so at most that over the vocabulary.
+    """
+    device = texts[0].logps.device
+    batch = {name: value.to(device) for name, value in tensors([(one.text[0], [one.text[1]]) for one in texts]).items()}
+    then, likeliest = torch.cat([one.logps for one in texts]), torch.cat([one.likeliest for one in texts])
+    now = coarse_logps(reply_logits(model, head, batch), likeliest)
+    return (then.exp() * (then - now)).sum(-1).mean()
 
 
 def divergence(of: Sequence[torch.Tensor], against: Sequence[torch.Tensor]) -> float:

@@ -41,7 +41,16 @@ from train.child import carry_out
 from train.data import Encoded, StepSpec, encode, encode_rehearsed, with_other_sides
 from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
 from train.drift import Budget, DriftMeter
-from train.scoring import Scores, Text, probe_ids, probe_scores, prompts_can_be_shared, reply_distributions, score_pairs
+from train.scoring import (
+    Scores,
+    Text,
+    probe_ids,
+    probe_scores,
+    prompts_can_be_shared,
+    remember,
+    reply_distributions,
+    score_pairs,
+)
 from train.sft import warm_up
 
 
@@ -111,7 +120,9 @@ def run(spec: StepSpec, report: Report) -> None:
             rows_per_step=min(train.batch_size, len(rows)),
             shared=shared,
             report=report,
-            rehearsed=[encode_rehearsed(tokenizer, text) for text in spec.rehearsed],
+            rehearsed=remember(
+                policy, [encode_rehearsed(tokenizer, text) for text in spec.rehearsed], train.mixed_precision
+            ),
         )
         budget = Budget(meter, train)
         trainer.add_callback(budget)
