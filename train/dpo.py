@@ -74,10 +74,9 @@ def compared(
 class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not typed
     """TRL's DPO trainer with conservative labels, weights per row, an RPO term, and no work on prompt positions.
 
-    Its data set is that of `data_set`. The loss of a row is that of its own comparison, plus the RPO term. For a
-    row that is compared with its other side (`compared`) the former counts `train.row_weight` times, and the latter
-    comparison `train.crossed_weight` times. `rehearsed`
-    are texts of which the policy is to think as it did.
+    Its data set is that of `data_set`. The loss of a row is that of its own comparison, plus the RPO term. Where a row
+    is also compared with its other side (`compared`), its own comparison counts `train.row_weight` times and that one
+    `train.crossed_weight` times. `rehearsed` are texts of which the policy is to think as it did.
     """
 
     loss_is_scaled_for_ga = True  # rows are divided by the rows of a step, also in a short last one
