@@ -254,9 +254,9 @@ class TrainConfig(Section):
     sft_learning_rate: float = Field(1e-5, gt=0)
     "Of the warm-up."
     rehearsal: int = Field(0, ge=0)
-    "Ordinary requests a step, with the policy's own answers, of which it is to think as before: against forgetting."
+    "Ordinary requests a step, with its own answers, of which the policy is to think as the initial model does."
     rehearsal_weight: float = Field(5.0, ge=0)
-    "Weight of the KL divergence from what it thought of them before the round, in nats a token."
+    "Weight of the KL divergence from what the initial model thinks of them, in nats a token."
     max_kl: float | None = Field(None, gt=0)
     "Budget of a round: KL to the policy before it on held-out texts, nats a token. Training ends when it is spent."
     max_displacement: float | None = Field(None, gt=0)

@@ -465,3 +465,15 @@ def test_tasks_are_among_the_checks() -> None:
         return evaluation.model_copy(update={"retention": evaluation.retention.model_copy(update={"tasks": tasks})})
 
     assert failed(decide(scored(measured(), 0.5), scored(measured(rise=1.0), 0.4), CONFIG)) == ["arc_easy"]
+
+
+def test_what_is_forgotten_little_by_little_is_seen() -> None:
+    """Two falls, neither beyond chance, are one that is: compared with the model as it came the second is refused."""
+    initial, before = measured(retained=0.9), measured(rise=0.3, retained=0.85)
+    after = measured(rise=0.6, retained=0.75)
+    assert decide(initial, before, CONFIG, initial).decision == "promote"
+    assert not any("since_model" in check.name for check in decide(initial, before, CONFIG, initial).checks)
+    assert decide(before, after, CONFIG).decision == "promote"
+    decision = decide(before, after, CONFIG, initial)
+    assert decision.decision == "roll_back"
+    assert "since the model as it came, forgetting" in decision.reason

@@ -66,7 +66,7 @@ class StepSpec(Record):
     heldout: list[Probe] = []
     """Texts that are not trained on, on which KL is measured."""
     rehearsed: list[Rehearsed] = []
-    """Texts of which the policy is to think as before, `train.rehearsal` of them in each step."""
+    """Texts of which the policy is to think as the initial model, `train.rehearsal` of them in each step."""
     sft: bool = False
     """Whether a warm-up goes before."""
     ray_address: str | None = None

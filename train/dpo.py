@@ -76,7 +76,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
 
     Its data set is that of `data_set`. The loss of a row is that of its own comparison, plus the RPO term. Where a row
     is also compared with its other side (`compared`), its own comparison counts `train.row_weight` times and that one
-    `train.crossed_weight` times. `rehearsed` are texts of which the policy is to think as it did.
+    `train.crossed_weight` times. `rehearsed` are texts that the policy is to think of as is remembered.
     """
 
     loss_is_scaled_for_ga = True  # rows are divided by the rows of a step, also in a short last one

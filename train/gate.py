@@ -7,7 +7,8 @@ Comply and push-back are gated apart, so that neither is bought with the other.
 Of twenty checks one finds a fall by chance. So a fall counts as evidence against a candidate (`conclusive`) only when
 it is beyond chance for that many checks (Bonferroni); else the candidate is rolled back and nothing was learned of it.
 
-Not covered: a drift that stays within the bounds in every round and adds up over many.
+What was known before the first round is also compared with the model as it came, as what is forgotten a little in each
+round adds up. Not covered: a drift of stance or style that does so.
 """
 
 import math
@@ -86,11 +87,15 @@ class Items(NamedTuple):
     after: Sequence[float]
 
 
-def decide(before: RoundEvaluation, after: RoundEvaluation, config: GateConfig) -> Decision:
-    """Compares a candidate with the policy before it."""
+def decide(
+    before: RoundEvaluation, after: RoundEvaluation, config: GateConfig, initial: RoundEvaluation | None = None
+) -> Decision:
+    """Compares a candidate with the policy before it, and what it knows with `initial`, the model as it came, where
+    that is another policy."""
     both = (before, after)
+    since = None if initial is None or initial == before else (initial, after)
     gains = _gains(both, config)
-    guards = _guards(both, config)
+    guards = _guards(both, since, config)
     checks = [*gains, *guards]
     rose = [one for one in gains if one.passed]
     missed = [] if rose else gains
@@ -102,7 +107,7 @@ def decide(before: RoundEvaluation, after: RoundEvaluation, config: GateConfig) 
         )
         return Decision(decision="promote", reason=f"{reason}, and nothing fell", checks=checks)
     surer = config.model_copy(update={"confidence": 1 - (1 - config.confidence) / len(guards)})
-    if all(check.passed for check in _guards(both, surer)):
+    if all(check.passed for check in _guards(both, since, surer)):
         fell = not all(check.passed for check in guards)
         why = f"; of {len(guards)} checks chance may fail one so" if fell else ", and no check found a fall"
         reason = f"inconclusive: {failed}{why}"
@@ -119,13 +124,14 @@ def _gains(both: Both, config: GateConfig) -> list[Check]:
     ]
 
 
-def _guards(both: Both, config: GateConfig) -> list[Check]:
-    """What may not fall, the gravest first."""
+def _guards(both: Both, since: Both | None, config: GateConfig) -> list[Check]:
+    """What may not fall, the gravest first; `since` are the evaluations of the model as it came and the candidate."""
     return [
         *_likelihood_drift(both, config),
         *_sampled_drift(both, config),
         *_judgement(both, config),
         *_forgetting(both, config),
+        *(_since_the_model(_forgetting(since, config)) if since else []),
         *_style(both, config),
     ]
 
@@ -209,6 +215,19 @@ def _forgetting(both: Both, config: GateConfig) -> list[Check]:
         checks.append(no_rise("neutral_nll", Items(before.neutral, after.neutral), limit, words, sure))
     checks += [no_task_fall(name, score, after.tasks[name], allowed, sure) for name, score in before.tasks.items()]
     return checks
+
+
+def _since_the_model(checks: Sequence[Check]) -> list[Check]:
+    """The checks under names that say what they compare with."""
+    return [
+        check.model_copy(
+            update={
+                "name": f"{check.name}_since_model",
+                "reason": check.reason and f"since the model as it came, {check.reason}",
+            }
+        )
+        for check in checks
+    ]
 
 
 def _style(both: Both, config: GateConfig) -> list[Check]:

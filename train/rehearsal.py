@@ -1,5 +1,5 @@
 """What keeps a policy as it is where no pair speaks: ordinary requests with the policy's own answers, right or wrong,
-of which it is to think as it did before the round.
+of which it is to think as the initial model does.
 
 Distilled from itself (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282) on texts of its own making
 (self-synthesised rehearsal; Huang et al. 2024, arXiv 2403.01244).

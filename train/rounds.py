@@ -132,7 +132,7 @@ async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvalua
     await prove_served(loop, folder)
     after = await evaluation(loop, folder, candidate, f"round {number}: measuring the candidate")
     note_reply_length(folder / "train" / "ledger.json", before, after)
-    decision = decide(before, after, loop.config.gate)
+    decision = decide(before, after, loop.config.gate, stored_evaluation(loop.run, 0))
     result = RoundResult(
         round=number,
         parent=policy.round,

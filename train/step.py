@@ -13,10 +13,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -42,8 +42,8 @@ from train.data import Encoded, StepSpec, encode, encode_rehearsed, with_other_s
 from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
 from train.drift import Budget, DriftMeter
 from train.scoring import (
+    Remembered,
     Scores,
-    Text,
     probe_ids,
     probe_scores,
     prompts_can_be_shared,
@@ -52,6 +52,8 @@ from train.scoring import (
     score_pairs,
 )
 from train.sft import warm_up
+
+T = TypeVar("T")
 
 
 def load_policy(spec: StepSpec) -> PreTrainedModel:
@@ -101,7 +103,13 @@ def run(spec: StepSpec, report: Report) -> None:
 
         policy = load_policy(spec)
         texts = [probe_ids(tokenizer, probe) for probe in spec.heldout]
-        meter = DriftMeter(policy, texts, initial_distributions(spec, policy, texts))
+        moved = texts and not is_initial(spec)
+        initial = of_initial(spec, policy, lambda model: reply_distributions(model, texts)) if moved else None
+        meter = DriftMeter(policy, texts, initial)
+        requests = [encode_rehearsed(tokenizer, text) for text in spec.rehearsed]
+        rehearsed: list[Remembered] = []
+        if requests:
+            rehearsed = of_initial(spec, policy, lambda model: remember(model, requests, train.mixed_precision))
         shared = prompts_can_be_shared(policy, encoded, train.mixed_precision)
         scoring: dict[str, Any] = {"shared": shared, "bf16": train.mixed_precision, "batch": train.micro_batch_size}
         before = score_pairs(policy, encoded, **scoring)
@@ -120,9 +128,7 @@ def run(spec: StepSpec, report: Report) -> None:
             rows_per_step=min(train.batch_size, len(rows)),
             shared=shared,
             report=report,
-            rehearsed=remember(
-                policy, [encode_rehearsed(tokenizer, text) for text in spec.rehearsed], train.mixed_precision
-            ),
+            rehearsed=rehearsed,
         )
         budget = Budget(meter, train)
         trainer.add_callback(budget)
@@ -184,20 +190,17 @@ def reference_scores(
         return score_pairs(policy, rows, **scoring) if spec.sft else before
     if is_initial(spec):
         return before
-    if spec.train.method == "lora":
-        with policy.disable_adapter():
-            return score_pairs(policy, rows, **scoring)
-    return score_pairs(load_model(spec.model, torch.float32, spec.trust_remote_code), rows, **scoring)
+    return of_initial(spec, policy, lambda model: score_pairs(model, rows, **scoring))
 
 
-def initial_distributions(spec: StepSpec, policy: PreTrainedModel, texts: Sequence[Text]) -> list[torch.Tensor] | None:
-    """`reply_distributions` of the initial model; None where the policy is that model."""
-    if is_initial(spec) or not texts:
-        return None
+def of_initial(spec: StepSpec, policy: PreTrainedModel, measure: Callable[[PreTrainedModel], T]) -> T:
+    """What `measure` says of the initial model; `policy` must be as it was before training."""
+    if is_initial(spec):
+        return measure(policy)
     if spec.train.method == "lora":
         with policy.disable_adapter():
-            return reply_distributions(policy, texts)
-    return reply_distributions(load_model(spec.model, torch.float32, spec.trust_remote_code), texts)
+            return measure(policy)
+    return measure(load_model(spec.model, torch.float32, spec.trust_remote_code))
 
 
 def is_initial(spec: StepSpec) -> bool:
