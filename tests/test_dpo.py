@@ -210,6 +210,24 @@ def test_what_is_rehearsed_stays_as_it_was(toy_model: Path, tmp_path: Path) -> N
     assert 0 < lost[50.0] < lost[0.0] / 2
 
 
+def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_path: Path) -> None:
+    """A second round brings a policy that has gone far back towards the model as it came, not towards its last self."""
+    text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
+    tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
+    initial = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    remembered = remember(initial, [encode_rehearsed(tokenizer, text)], bf16=False)
+    train_toy(toy_model, tmp_path / "first", method="full")
+    first = tmp_path / "first" / "weights"
+    train_toy(
+        toy_model, tmp_path / "second", method="full", weights=first, rehearsed=[text], rehearsal=2, rehearsal_weight=50
+    )
+    lost = []
+    for folder in (first, tmp_path / "second" / "weights"):
+        model = load_model(str(folder), torch.float32, trust_remote_code=False)
+        lost.append(forgotten(model, model.get_output_embeddings(), remembered).item())
+    assert lost[1] < lost[0] / 2
+
+
 def test_the_rest_of_the_vocabulary_counts_together() -> None:
     """Coarse log-probabilities are those of the chosen tokens and of all the others, and sum to one."""
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))

@@ -51,6 +51,7 @@ def train_toy(
     sft: bool = False,
     served_dtype: str = "float32",
     rehearsed: Sequence[Rehearsed] = (),
+    weights: Path | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Runs one training step on the toy rows, KL measured on an unseen prompt; what it reported."""
@@ -64,7 +65,8 @@ def train_toy(
     reports: list[dict[str, Any]] = []
     spec = StepSpec(
         model=str(model), rows=str(path), out=str(out), train=config, served_dtype=served_dtype, sft=sft,
-        rehearsed=list(rehearsed), heldout=[Probe(messages=[user("z w")], reply="a b c")],
+        rehearsed=list(rehearsed),
+        weights=str(weights) if weights else None, heldout=[Probe(messages=[user("z w")], reply="a b c")],
     )  # fmt: skip
     run(spec, reports.append)
     return reports
