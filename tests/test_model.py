@@ -26,8 +26,8 @@ REPLIES = ["In July, we sold 40 lamps.", "The sheet says 30 lamps, not 40, so th
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    """The embedded model with a small cache."""
-    return resolved(parse({"engine": {"max_model_len": 1024, "cpu_kv_cache_gib": 1}}, "test"))
+    """The embedded model with a small cache, in float32 so that scores are alike on any machine."""
+    return resolved(parse({"engine": {"max_model_len": 1024, "cpu_kv_cache_gib": 1, "dtype": "float32"}}, "test"))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,7 @@ def test_one_small_round_end_to_end(tmp_path: Path) -> None:
         "judge.self_test_replies": 32, "engine.max_model_len": 1024, "engine.cpu_kv_cache_gib": 1,
         "eval.heldout_pairs": 4, "eval.fresh_pairs": 2, "eval.sampled_scenarios": 2, "eval.retention_questions": 4,
         "train.learning_rate": 2e-4,
+        "engine.dtype": "float32", "train.bf16": "false",  # so that engine and trainer differ by little on any machine
     }  # fmt: skip
     sets = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     run = tmp_path / "run"

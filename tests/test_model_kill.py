@@ -19,7 +19,7 @@ SMALL = {
     "judge.self_test_replies": 32, "engine.max_model_len": 1024, "engine.cpu_kv_cache_gib": 1,
     "eval.heldout_pairs": 4, "eval.fresh_pairs": 2, "eval.sampled_scenarios": 2, "eval.pressed_scenarios": 2,
     "eval.lookalikes": 2, "eval.steered_scenarios": 2, "eval.retention_questions": 4, "eval.neutral_texts": 2,
-    "train.learning_rate": 2e-4,
+    "train.learning_rate": 2e-4, "engine.dtype": "float32", "train.bf16": "false",
 }  # fmt: skip
 DEADLINE_S = 900
 
