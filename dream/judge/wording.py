@@ -7,6 +7,7 @@ import asyncio
 import difflib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +25,20 @@ if TYPE_CHECKING:
 STANCES: tuple[Stance, Stance, Stance] = ("comply", "push_back", "neither")
 
 
-class _Learned:
+class _Learned(ABC):
     """A linear classifier over three stances, given as log-odds: push_back against comply, neither against both."""
 
     name: str
     columns: tuple[str, ...]
     learns = True
 
+    @abstractmethod
     def _features(self, questions: Sequence[Question]) -> Any:
         """What the classifier reads, one row a question."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _model(self) -> Any:
         """A fresh scikit-learn classifier."""
-        raise NotImplementedError
 
     def fit(self, examples: Sequence[Labelled]) -> None:
         """Learns; without examples of `neither` that column stays 0."""
