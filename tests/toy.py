@@ -65,8 +65,8 @@ def train_toy(
     reports: list[dict[str, Any]] = []
     spec = StepSpec(
         model=str(model), rows=str(path), out=str(out), train=config, served_dtype=served_dtype, sft=sft,
-        rehearsed=list(rehearsed),
-        weights=str(weights) if weights else None, heldout=[Probe(messages=[user("z w")], reply="a b c")],
+        rehearsed=list(rehearsed), weights=str(weights) if weights else None,
+        heldout=[Probe(messages=[user("z w")], reply="a b c")],
     )  # fmt: skip
     run(spec, reports.append)
     return reports

@@ -19,10 +19,12 @@ LIKELIEST = 64
 """Tokens whose probabilities are remembered one by one; the others count together."""
 
 
-def tensors(sequences: Sequence[tuple[list[int], Sequence[list[int]]]]) -> dict[str, torch.Tensor]:
-    """`lay_out` as tensors, with `lengths`, the tokens of each reply."""
-    batch = {name: torch.tensor(value) for name, value in lay_out(sequences)._asdict().items()}
-    batch["lengths"] = torch.tensor([len(reply) for _, replies in sequences for reply in replies])
+def tensors(
+    sequences: Sequence[tuple[list[int], Sequence[list[int]]]], device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """`lay_out` as tensors, with `lengths`, the tokens of each reply; on the CPU where no device is named."""
+    batch = {name: torch.tensor(value, device=device) for name, value in lay_out(sequences)._asdict().items()}
+    batch["lengths"] = torch.tensor([len(reply) for _, replies in sequences for reply in replies], device=device)
     return batch
 
 
@@ -87,7 +89,7 @@ def score_pairs(model: PreTrainedModel, rows: Sequence[Encoded], *, shared: bool
     scores: dict[int, tuple[float, ...]] = {}
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        inputs = {k: v.to(model.device) for k, v in tensors(pair_sequences([rows[i] for i in part], shared)).items()}
+        inputs = tensors(pair_sequences([rows[i] for i in part], shared), model.device)
         with autocast(model, bf16):
             logps = iter(reply_logps(model, model.get_output_embeddings(), inputs).tolist())
         scores |= {i: tuple(islice(logps, len(rows[i].replies))) for i in part}
@@ -122,7 +124,7 @@ def probe_scores(model: PreTrainedModel, tokenizer: Any, probes: Sequence[Probe]
     scores = []
     for probe in probes:
         head, reply = probe_ids(tokenizer, probe)
-        inputs = {name: value.to(model.device) for name, value in tensors([(head, [reply])]).items()}
+        inputs = tensors([(head, [reply])], model.device)
         scores.append(float(reply_logps(model, model.get_output_embeddings(), inputs)) / max(1, len(reply)))
     return scores
 
@@ -134,13 +136,13 @@ def reply_distributions(model: PreTrainedModel, texts: Sequence[Text]) -> list[t
     model.eval()
     found = []
     for prompt, reply in texts:
-        batch = {name: value.to(model.device) for name, value in tensors([(prompt, [reply])]).items()}
+        batch = tensors([(prompt, [reply])], model.device)
         found.append(reply_logits(model, model.get_output_embeddings(), batch).log_softmax(-1).cpu())
     return found
 
 
 class Remembered(NamedTuple):
-    """A text and what the policy thought of each of its reply tokens before training.
+    """A text and what a model thought of each of its reply tokens.
 
     `likeliest` are the ids of the likeliest tokens, shape (tokens, LIKELIEST); `logps` their log-probabilities and, in
     the last column, that of all others together.
@@ -157,7 +159,7 @@ def remember(model: PreTrainedModel, texts: Sequence[Text], bf16: bool) -> list[
     model.eval()
     found = []
     for prompt, reply in texts:
-        batch = {name: value.to(model.device) for name, value in tensors([(prompt, [reply])]).items()}
+        batch = tensors([(prompt, [reply])], model.device)
         with autocast(model, bf16):
             logits = reply_logits(model, model.get_output_embeddings(), batch)
         likeliest = logits.topk(min(LIKELIEST, logits.shape[-1] - 1)).indices
@@ -177,8 +179,7 @@ def forgotten(model: torch.nn.Module, head: torch.nn.Module, texts: Sequence[Rem
 
     It is that of distributions over the likeliest tokens and the rest, so at most that over the vocabulary.
     """
-    device = texts[0].logps.device
-    batch = {name: value.to(device) for name, value in tensors([(one.text[0], [one.text[1]]) for one in texts]).items()}
+    batch = tensors([(prompt, [reply]) for (prompt, reply), _, _ in texts], texts[0].logps.device)
     then, likeliest = torch.cat([one.logps for one in texts]), torch.cat([one.likeliest for one in texts])
     now = coarse_logps(reply_logits(model, head, batch), likeliest)
     return (then.exp() * (then - now)).sum(-1).mean()
