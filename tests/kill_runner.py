@@ -30,7 +30,7 @@ from test_rounds import PolicyEngine, skill_of
 import dream.embed
 from dream import tasks
 from dream.config import Config, parse, resolved
-from dream.engine import Completion, EngineStats, Sampling, ScriptedEngine
+from dream.engine import Completion, EngineStats, Sampling
 from dream.errors import DreamError, EngineError, TrainingError
 from dream.records import Message
 from dream.store import read_json, write_json
@@ -49,10 +49,8 @@ class ToyEngine(PolicyEngine):
         super().__init__(write_reply, score_reply)
         self.probed: dict[tuple[str, str], float] = {}
 
-    async def load_weights(self, folder: Path | None) -> None:
-        await ScriptedEngine.load_weights(self, folder)
-        self._delay_s, self.resting = CALL_SECONDS, False
-        self.skill, self.probed = skill_of(None), {}
+    def learn(self, folder: Path | None) -> None:
+        self._delay_s, self.skill, self.probed = CALL_SECONDS, skill_of(None), {}
         if folder is not None:
             trained = folder.parent.parent
             self.skill = float(trained.name.removeprefix("round_"))

@@ -55,7 +55,12 @@ class PolicyEngine(ScriptedEngine):
 
     async def load_weights(self, folder: Path | None) -> None:
         await super().load_weights(folder)
-        self.skill, self.resting = skill_of(folder), False
+        self.resting = False
+        self.learn(folder)
+
+    def learn(self, folder: Path | None) -> None:
+        """Becomes as good as the weights are."""
+        self.skill = skill_of(folder)
 
     def score_plain(self, messages: Sequence[Message], reply: str) -> float:
         """Plain prompts by skill; steering prompts, which the judge asks about, by the shared script."""
