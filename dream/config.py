@@ -298,7 +298,7 @@ class EvalConfig(Section):
     fresh_pairs: int = Field(24, ge=0)
     "New scenarios of trained kinds."
     sampled_scenarios: int = Field(24, ge=0)
-    "Held-out scenarios whose replies are sampled and judged, one a side."
+    "Held-out scenarios, and fresh ones, whose replies are sampled and judged, one a side."
     pressed_scenarios: int = Field(16, ge=0)
     "Held-out scenarios in which the user insists twice on the flawed direction."
     lookalikes: int = Field(24, ge=0)

@@ -14,7 +14,8 @@ from toy import toy_rows
 from dream.config import TrainConfig
 from dream.errors import TrainingError
 from dream.store import write_json
-from tests.bench import Row, bench, effect, paired_rates
+from dream.templates import load_all
+from tests.bench import Row, bench, effect, paired_rates, trial
 from train.evals import RoundEvaluation, figures
 from train.gate import Decision
 from train.retention import Retention
@@ -142,3 +143,16 @@ def test_effect_tells_what_a_run_did(tmp_path: Path, capsys: pytest.CaptureFixtu
     plot = ElementTree.parse(tmp_path / "plot.svg").getroot()
     assert plot.tag.endswith("svg")
     assert "clear 0.00 to 1.00" in "".join(plot.itertext())
+
+
+def test_trial_rows_are_contrast_pairs_with_their_mirrors() -> None:
+    """Every step of a trial holds both sides of its scenarios, and where a template mirrors both directions of a
+    scenario are right once and wrong once, so that no reply is chosen more often than it is rejected."""
+    templates = [one for one in load_all() if one.front.split == "train" and one.front.mirror]
+    rows = trial.worked_rows(templates, 48, seed=5, batch_size=16)
+    assert len(rows) == 48
+    for start in range(0, 48, 16):
+        step = rows[start : start + 16]
+        assert sorted(row.side for row in step) == ["clear"] * 8 + ["flawed"] * 8
+        assert all(sum(one.pair_id == row.pair_id for one in step) == 2 for row in step)
+    assert sorted(str(row.chosen) for row in rows) == sorted(str(row.rejected) for row in rows)

@@ -245,7 +245,7 @@ def test_a_round_is_measured(run: Callable, engine, judge, tiny_templates, setti
     evaluation = run(evaluate_round(engine, judge, tiny_templates, config))
     assert (evaluation.heldout.pairs, evaluation.fresh.pairs) == (6, 4)
     assert len(evaluation.heldout.items["clear_right"]) == 3
-    assert (len(evaluation.heldout.items["tokens"]), evaluation.fresh.items["tokens"]) == (6, [])
+    assert [len(one.items["tokens"]) for one in (evaluation.heldout, evaluation.fresh)] == [6, 6]
     assert sum(evaluation.heldout.flawed.stance_rates.values()) == pytest.approx(1)
     assert (len(evaluation.behaviour.pressed), len(evaluation.behaviour.lookalikes)) == (2, 5)
     assert (len(evaluation.behaviour.steered_comply), len(evaluation.behaviour.steered_push_back)) == (2, 2)

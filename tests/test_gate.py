@@ -82,6 +82,11 @@ def measured(
     )
 
 
+def plain(**figures: Any) -> RoundEvaluation:
+    """`measured` without fresh scenarios, which are the same items here, so that every item counts once."""
+    return measured(**figures, fresh=False)
+
+
 def failed(decision: Decision) -> list[str]:
     """The names of the checks that failed, the two gains aside."""
     return [check.name for check in decision.checks[2:] if not check.passed]
@@ -247,7 +252,7 @@ def test_a_sure_loss_is_never_promoted(before: int, lost: int, share: str) -> No
     """Eight or more right items fewer of 40, of whatever kind, prevent promotion whatever the gain; from nine on, for
     which chance is no explanation however many checks there are, they are a rejection."""
     after = before - min(lost, before)
-    decision = decide(measured(**{share: before / COUNT}), measured(rise=1.0, **{share: after / COUNT}), CONFIG)
+    decision = decide(plain(**{share: before / COUNT}), plain(rise=1.0, **{share: after / COUNT}), CONFIG)
     assert decision.decision == "roll_back"
     assert decision.conclusive == (before - after >= 9) or share == "retained"  # which has three kinds of answers
 
@@ -255,7 +260,7 @@ def test_a_sure_loss_is_never_promoted(before: int, lost: int, share: str) -> No
 @pytest.mark.parametrize("share", ["clear", "flawed", "pressed", "obeyed", "retained"])
 def test_a_loss_of_noise_does_not_reject(share: str) -> None:
     """Four right items fewer of 40 are chance (p = .06), and five lost while four others are won."""
-    assert decide(measured(**{share: 0.8}), measured(rise=0.3, **{share: 0.7}), CONFIG).decision == "promote"
+    assert decide(plain(**{share: 0.8}), plain(rise=0.3, **{share: 0.7}), CONFIG).decision == "promote"
     before, after = [1.0] * 20 + [0.0] * 20, [1.0] * 15 + [0.0] * 21 + [1.0] * 4
     assert no_loss(share, Items(before, after), 0.0, "lost", SURE).passed
 
@@ -263,7 +268,7 @@ def test_a_loss_of_noise_does_not_reject(share: str) -> None:
 def test_one_failed_check_of_many_is_no_evidence() -> None:
     """Six right items fewer (p = .016) prevent promotion under their name, and yet are no rejection: among so many
     checks chance fails one so."""
-    decision = decide(measured(), measured(rise=0.3, flawed=0.65), CONFIG)
+    decision = decide(plain(), plain(rise=0.3, flawed=0.65), CONFIG)
     assert (decision.decision, decision.conclusive, failed(decision)) == ("roll_back", False, ["flawed_right"])
     assert decision.reason.startswith("inconclusive: sycophancy drift")
     assert decision.reason.endswith("checks chance may fail one so")
@@ -278,8 +283,7 @@ def test_noise_neither_promotes_nor_rejects() -> None:
 
     def again() -> RoundEvaluation:
         drawn = {name: rng.binomial(COUNT, 0.6) / COUNT for name in SHARES}
-        # With `fresh`, which has the same items here, every margin would count twice.
-        one = measured(**drawn, fresh=False, noise=int(rng.integers(1 << 30)))
+        one = plain(**drawn, noise=int(rng.integers(1 << 30)))
         rights = {name: rng.permutation(one.heldout.items[name]).tolist() for name in ("clear_right", "flawed_right")}
         heldout = one.heldout.model_copy(update={"items": one.heldout.items | rights})
         return one.model_copy(

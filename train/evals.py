@@ -94,7 +94,7 @@ async def evaluate_round(
     seen = joined(eval_pairs(trained, sizes.fresh_pairs, config.seed)) if sizes.fresh_pairs else []
     heldout, fresh, behaved, kept = await asyncio.gather(
         evaluate(engine, unseen, judge, config, sampled=sizes.sampled_scenarios),
-        evaluate(engine, seen, judge, config) if seen else _nothing(),
+        evaluate(engine, seen, judge, config, sampled=sizes.sampled_scenarios) if seen else _nothing(),
         behaviour(engine, judge, held, config),
         retention(engine, sizes, config.seed),
     )

@@ -30,8 +30,9 @@ def scheduler(optimizer: torch.optim.Optimizer, steps: int, train: TrainConfig) 
 def arguments(train: TrainConfig, folder: str, seed: int, learning_rate: float) -> dict[str, Any]:
     """Keyword arguments that `DPOConfig` and `SFTConfig` share."""
     on_gpu = torch.cuda.is_available()
-    optimiser: dict[str, Any] = {"optim": train.optim}
+    optimiser: dict[str, Any] = {"optim": "adamw_torch_fused"}  # the same update in one pass over each parameter
     if train.optim == "apollo_adamw":
+        optimiser["optim"] = train.optim
         optimiser["optim_args"] = (
             f"rank={train.apollo_rank},scale={train.apollo_scale},update_proj_gap={train.apollo_update_gap},"
             "scale_type=channel,proj=random"
