@@ -23,7 +23,7 @@ from dream.runs import opened
 from dream.store import contrast_pairs, drop_reasons, read_json, read_log, write_json
 from train.data import Drift
 from train.evals import RoundEvaluation
-from train.rounds import Policy, RoundResult
+from train.history import Policy, RoundResult
 
 M = TypeVar("M", bound=BaseModel)
 

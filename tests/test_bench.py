@@ -18,8 +18,8 @@ from dream.templates import load_all
 from tests.bench import Row, bench, effect, paired_rates, trial
 from train.evals import RoundEvaluation, figures
 from train.gate import Decision
+from train.history import RoundResult
 from train.retention import Retention
-from train.rounds import RoundResult
 
 FAST = Row(name="fast", ours=30.0, other=10.0, ratio=3.0, target=2.0, unit="pairs/s")
 SLOW = Row(name="slow", ours=15.0, other=10.0, ratio=1.5, target=2.0, unit="pairs/s")

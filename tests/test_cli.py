@@ -34,8 +34,8 @@ from dream.templates import Template, load_all
 from train.behaviour import Sampled
 from train.evals import RoundEvaluation, figures, summary
 from train.gate import decide
+from train.history import Policy, RoundResult
 from train.retention import Retention
-from train.rounds import Policy, RoundResult
 
 ROOT = Path(__file__).parent.parent
 SCENARIOS = ROOT / "prompts" / "scenarios"

@@ -25,7 +25,7 @@ from conftest import tiny_text
 from dream.records import PreferencePair
 from dream.store import contrast_pairs, read_json, read_log, write_json
 from train.data import StepSpec
-from train.rounds import finished_rounds, read_policy
+from train.history import finished_rounds, read_policy
 
 pytestmark = pytest.mark.kill
 

@@ -20,8 +20,8 @@ from dream.templates import Template
 from train.behaviour import Behaviour, Sampled
 from train.evals import RoundEvaluation, figures, summary
 from train.gate import decide
+from train.history import Policy, RoundResult
 from train.retention import Retention
-from train.rounds import Policy, RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

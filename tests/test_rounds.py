@@ -23,9 +23,10 @@ from dream.judge.quality import Quality
 from dream.records import ContrastPair, Message, PreferencePair
 from dream.store import RoundStore, RunFolder, contrast_pairs, read_json, read_log, write_json
 from dream.terminal import Terminal
-from train import rounds
+from train import history, rounds
 from train.data import StepSpec
-from train.rounds import Loop, Policy, RoundResult, finished_rounds, read_policy, roll_back, run_rounds
+from train.history import Policy, RoundResult, finished_rounds, read_policy, roll_back
+from train.rounds import Loop, run_rounds
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -87,7 +88,8 @@ class World:
         self.specs: list[StepSpec] = []
         self.events: list[tuple[str, Path | None]] = []
         self.kill, self.round = "", 0
-        patch.setattr(rounds, "write_json", self.write_json)
+        for module in (history, rounds):
+            patch.setattr(module, "write_json", self.write_json)
 
     def config(self, **sections: dict | int) -> Config:
         """Tiny sizes, and what a test changes."""

@@ -22,7 +22,7 @@ from dream.store import Log, RunFolder, read_json, read_log, write_json
 from dream.templates import Template
 from dream.terminal import Terminal, undo_sentence, undo_table
 from train.data import Encoded
-from train.rounds import Policy
+from train.history import Policy
 from train.undo import (
     LIMIT,
     Measured,

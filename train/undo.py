@@ -23,7 +23,7 @@ from dream.store import Log, read_log, write_json
 from dream.templates import Template
 from train.child import carry_out
 from train.data import Encoded, StepSpec, chat_ids, encode, with_other_sides
-from train.rounds import read_policy
+from train.history import read_policy
 
 if TYPE_CHECKING:  # torch, which the command line does without when it prepares a specification
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dream.engine import mean
 from train.evals import Evaluation, RoundEvaluation
 from train.gate import Items, change
-from train.rounds import RoundResult, finished_rounds, read_policy, stored_evaluation
+from train.history import RoundResult, finished_rounds, read_policy, stored_evaluation
 
 CONFIDENCE = 0.95
 COLOURS = {"clear": "#2f6fa7", "flawed": "#c2562d"}
