@@ -189,6 +189,7 @@ def test_scores_and_trainer_compare_the_same(toy_model: Path, tmp_path: Path) ->
     assert len(own) == len(rows) == sum(i != j for i, j in enumerate(others))
     wanted = 0.5 * conservative_loss(own, 1.0, none) + 2 * conservative_loss(crossed, 1.0, none)
     assert report["loss"] == pytest.approx(float(wanted.mean()), abs=1e-4)
+    assert report["margin"] == pytest.approx(float(crossed.mean()), abs=1e-4)  # of what mostly is compared
 
 
 def test_what_is_rehearsed_stays_as_it_was(toy_model: Path, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         if train.crossed_weight:
             apart = preference(own - lost, inputs["crossed_reference"], train)
             losses = losses + train.crossed_weight * conservative_loss(apart, self.beta, flip)
+            delta = torch.where(alone, delta, apart)  # what the step's line is to show
         loss: torch.Tensor = (inputs["weight"] * losses).sum() / self._rows_per_step
         if self._rehearsed is not None:
             loss = loss + train.rehearsal_weight * self._rehearsal_loss(model, head, self._rehearsed)
