@@ -16,9 +16,9 @@ from train.retention import Fact, Neutral, questions
 
 def test_requests_are_seeded_and_half_of_them_sums() -> None:
     """The same seed gives the same ones, more than there are lines go round, and every second one asks for a sum."""
-    asked = requests(120, 3)
-    assert asked == requests(120, 3) != requests(120, 4)
-    assert len(asked) == 120
+    asked = requests(160, 3)
+    assert asked == requests(160, 3) != requests(160, 4)
+    assert len(asked) == 160
     assert all(any(sign in one for sign in "+-") for one in asked[1::2])
     assert set(asked[::2]) == set(prompts.lines("rehearsal/questions"))
 
@@ -43,7 +43,7 @@ def test_no_plain_text_that_is_measured_is_written_about() -> None:
 def test_answers_are_the_policys_own() -> None:
     """What the engine says, whether it came to its end, and nothing where it says nothing."""
     engine = ScriptedEngine(lambda messages, number: "" if "snow" in messages[-1]["content"] else "I say so.")
-    texts = asyncio.run(rehearse(engine, 120, 1))
-    assert len(texts) == 119
+    texts = asyncio.run(rehearse(engine, 160, 1))
+    assert len(texts) == 159
     assert {text.reply for text in texts} == {"I say so."}
     assert all(text.finished for text in texts)
