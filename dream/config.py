@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -48,7 +48,7 @@ class EngineConfig(Section):
     trust_remote_code: bool = False
     "Run Python code that comes with a model. Off unless you trust the model's author."
     max_restarts: int = Field(3, ge=0)
-    "How often a dead engine is started again before the run gives up."
+    "How often each engine is started again, once dead, before the run gives up."
     request_timeout_s: float = Field(600, gt=0)
     "Seconds after which an unanswered request counts as a dead engine."
 
@@ -149,8 +149,8 @@ class JudgeConfig(Section):
     )
     """Judges, alone or combined. `wording`: n-grams. `embedding`: sentence embeddings. `structure`: mentions, likeness
     to worked replies, counts. `contrast`: likelihood under either steering prompt. `rubric`: a verdict by constrained
-    choice, in every order of the labels. `server`: the rubric asked of `judge.server`. The first three need no language
-    model and stay the same in every round."""
+    choice, in three orders of the labels. `server`: the rubric asked of `judge.server`. The first three need no
+    language model and stay the same in every round."""
     model: str | None = None
     "A second model that `contrast` and `rubric` ask; without it they ask the policy, and so move with it."
     server: ServerConfig | None = None
@@ -245,7 +245,7 @@ class TrainConfig(Section):
     clip_reference: bool = False
     """Take a reference that prefers the wrong as undecided (HyPO): what it has wrong must become right by itself, and
     what it has right must not become less so."""
-    flip_probability: float | Literal["judge"] = "judge"
+    flip_probability: Annotated[float, Field(ge=0, lt=0.5)] | Literal["judge"] = "judge"
     "Conservative DPO: the probability that a pair's label is wrong; `judge` takes the judge's measured error."
     reference: Literal["previous", "initial"] = "previous"
     "The policy that DPO compares with: the last promoted one, or the untrained model."
@@ -351,7 +351,7 @@ class Config(Section):
 
     model: str = "bundled:smollm2-135m-instruct"
     "A Hugging Face id, a local folder, or `bundled:smollm2-135m-instruct`."
-    seed: int = 1
+    seed: int = Field(1, ge=0, lt=2**32)
     "Seeds the plan of scenarios, the engine and the trainer."
     rounds: int = Field(3, ge=1)
     "Generate-train-evaluate turns of `dream train`."

@@ -34,7 +34,7 @@ def examine(config: Config, config_file: Path) -> list[Finding]:
     packages = f"missing {', '.join(missing)}; install requirements/cpu.lock or the gpu extra" if missing else found
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     memory = machine_memory() / GIB
-    wants_gpu = config.engine.tensor_parallel * config.engine.replicas > 1 and not gpu_visible()
+    wants_gpu = config.engine.tensor_parallel > 1 and not gpu_visible()
     precision = "fast" if bfloat16_is_fast() else "slow, so float32 is used"
     return [
         Finding("packages", not missing, packages),

@@ -1,7 +1,7 @@
 """Data files that people write: JSON Lines with line numbers in every error."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -74,6 +74,34 @@ def read_labelled(path: Path) -> list[Labelled]:
         Labelled(Question(row.prompt, row.response), row.label, row.prompt[-1]["content"] if row.prompt else "")
         for row in read_user_rows(path, LabelledRow)
     ]
+
+
+def read_data(paths: Sequence[Path]) -> list[ContrastPair]:
+    """The contrast pairs of several files, each under an id of its own.
+
+    Every run numbers its pairs alike, so a file in which an earlier one's ids come again has its place put before its
+    own.
+
+    Raises:
+        DataError: a bad row, or a file without a whole pair.
+    """
+    pairs: list[ContrastPair] = []
+    for place, path in enumerate(paths, 1):
+        taken, found = {pair.clear.pair_id for pair in pairs}, read_contrast_pairs(path)
+        again = any(pair.clear.pair_id in taken for pair in found)
+        pairs += [_renamed(pair, f"data{place}-") for pair in found] if again else found
+    return pairs
+
+
+def _renamed(pair: ContrastPair, before: str) -> ContrastPair:
+    """The pair under another id; what names the pair that it mirrors follows."""
+
+    def row(one: PreferencePair) -> PreferencePair:
+        mirrored = one.meta.get("mirror_of")
+        meta = one.meta | ({"mirror_of": before + str(mirrored)} if mirrored else {})
+        return one.model_copy(update={"pair_id": before + one.pair_id, "meta": meta})
+
+    return ContrastPair(clear=row(pair.clear), flawed=row(pair.flawed))
 
 
 def read_contrast_pairs(path: Path) -> list[ContrastPair]:

@@ -82,6 +82,7 @@ class _EngineActor:
 class _Replica:
     def __init__(self, actor: Any) -> None:
         self.in_flight = 0
+        self.restarts = 0
         self.coming: asyncio.Task[None] | None = None
         self.put(actor)
 
@@ -111,7 +112,11 @@ class EnginePool:
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
         self._resting = False
-        self.restarts = 0
+
+    @property
+    def restarts(self) -> int:
+        """How often an engine was started in the place of a lost one."""
+        return sum(replica.restarts for replica in self._replicas)
 
     async def __aenter__(self) -> "EnginePool":
         self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
@@ -236,12 +241,12 @@ class EnginePool:
     async def _replace(self, replica: _Replica, reason: BaseException) -> None:
         """Starts an engine in the place of a lost one; again where that is lost too, as on a node that is going."""
         while True:
-            if self.restarts >= self._config.max_restarts:
+            if replica.restarts >= self._config.max_restarts:
                 raise EngineError(
-                    f"an engine died again after {self.restarts} restarts ({type(reason).__name__}: {reason}); "
+                    f"an engine died again after {replica.restarts} restarts ({type(reason).__name__}: {reason}); "
                     "see the Ray logs, or raise engine.max_restarts; the run can be continued"
                 )
-            self.restarts += 1
+            replica.restarts += 1
             logging.getLogger("dream").warning("engine lost (%s); starting it again", type(reason).__name__)
             ray.kill(replica.actor)
             replica.put(self._new_actor())

@@ -1,4 +1,6 @@
-"""Prompt files: all text that a model is shown lives in `prompts/`, none in Python."""
+"""Prompt files: the text that a model is shown lives in `prompts/`.
+
+Only questions of form stand beside the code that checks their answers (train/instructions.py)."""
 
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The report of a run: report.json for programs, report.html for people, both out of the files in the run folder.
 
 It reads and never measures: a file that is not there is left out of the report, so it can be made of a run that is
-still going on. Not covered: the training margin row by row, which is in train/ledger.json.
+still going on. Not covered: what the policy preferred before and after training, which is in train/ledger.json.
 """
 
 import random

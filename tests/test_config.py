@@ -145,6 +145,10 @@ def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
         {"train": {"batch_size": 16, "micro_batch_size": 3}},
         {"train": {"batch_size": 6, "micro_batch_size": 3, "crossed_weight": 1.0}},
         {"judge": {"signals": ["wording", "server"]}},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"train": {"flip_probability": 0.5}},
+        {"train": {"flip_probability": -0.1}},
         {"judge": {"server": {"base_url": "http://me:hidden@127.0.0.1:8000/v1", "model": "big"}}},
     ],
 )

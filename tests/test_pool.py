@@ -141,6 +141,26 @@ def test_engine_that_dies_again_and_again_ends_the_run_with_a_message(tmp_path: 
         asyncio.run(go())
 
 
+def test_each_engine_has_restarts_of_its_own(tmp_path: Path) -> None:
+    """Two engines that die once each are both started again, though each may only once."""
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    connect(None)
+
+    async def go() -> tuple[list[list[Completion]], int]:
+        async with EnginePool(fragile(deaths, 0), EngineConfig(replicas=2, max_restarts=1)) as pool:
+            await pool.generate([user("a")], Sampling())
+            for replica in pool._replicas:
+                while replica.down:
+                    await asyncio.sleep(0.1)
+                ray.kill(replica.actor)
+            calls = [pool.generate([user(str(number))], Sampling()) for number in range(4)]
+            return await asyncio.gather(*calls), pool.restarts
+
+    answers, restarts = asyncio.run(asyncio.wait_for(go(), 120))
+    assert (len(answers), restarts) == (4, 2)
+
+
 def test_pool_opens_with_the_first_engine_and_says_what_the_others_wait_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

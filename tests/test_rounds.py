@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,15 @@ from dream import runs, tasks
 from dream.config import Config
 from dream.engine import ScriptedEngine
 from dream.errors import DataError, RunError, TrainingError
-from dream.inputs import read_contrast_pairs
+from dream.inputs import read_contrast_pairs, read_data
 from dream.judge.combined import Combination, Judge
 from dream.judge.likelihood import Contrast
 from dream.judge.quality import Quality
 from dream.records import ContrastPair, Message, PreferencePair
-from dream.store import RoundStore, RunFolder, contrast_pairs, read_json, read_log, write_json
+from dream.store import Log, RoundStore, RunFolder, contrast_pairs, read_json, read_log, write_json
 from dream.terminal import Terminal
 from train import history, rounds
-from train.data import StepSpec
+from train.data import StepSpec, other_sides, round_rows
 from train.history import Policy, RoundResult, finished_rounds, read_policy, roll_back
 from train.rounds import Loop, run_rounds
 
@@ -515,11 +515,34 @@ def test_data_of_two_runs_may_share_ids(world: World, make_pair) -> None:
     assert sorted(prompts) == sorted(pair.clear.prompt[0]["content"] for pair in data)
 
 
+def test_data_files_of_two_runs_get_ids_of_their_own(tmp_path: Path, make_pair) -> None:
+    """Pairs of the second file are renamed where the first one has their ids, mirrors with what they mirror, so that a
+    step never takes one run's side for the other side of another run's scenario."""
+    paths = [tmp_path / f"{run}.jsonl" for run in "abc"]
+    for path, text in zip(paths, ("in run a", "in run b", "in run c"), strict=True):
+        log = Log(path)
+        start = "r2" if path.stem == "c" else "r1"
+        pair = make_pair(f"{start}-1", text)
+        twin = make_pair(f"{start}-1m", text)
+        for side in (twin.clear, twin.flawed):
+            side.meta["mirror_of"] = f"{start}-1"
+        log.append(pair.clear, pair.flawed, twin.clear, twin.flawed)
+        log.close()
+    pairs = read_data(paths)
+    assert ids(pairs) == ["r1-1", "r1-1m", "data2-r1-1", "data2-r1-1m", "r2-1", "r2-1m"]
+    assert [pair.flawed.meta.get("mirror_of") for pair in pairs[2:4]] == [None, "data2-r1-1"]
+    rows = round_rows(pairs, [], [], batch_size=12, general_share=0, replay_share=0, seed=1)
+    texts = [row.prompt[0]["content"] for row in rows]
+    for i, j in enumerate(other_sides(rows, 12)):
+        assert i != j
+        assert texts[i].split()[-1] == texts[j].split()[-1]
+
+
 def test_data_is_not_used_twice_when_rounds_are_added(world: World, make_pair) -> None:
     """A run that is continued with more rounds does not train again on pairs that an earlier round had."""
     data = [make_pair(f"own-{number}") for number in range(8)]
     world.go(data=data, rounds=2)
-    with suppress(DataError):  # saying that all pairs are used up is right too
+    with pytest.raises(DataError, match=r"used up the 8 pairs of --data"):
         world.go(data=data, rounds=4)
     assert world.used(4) == sorted(set(world.used(4)))
 

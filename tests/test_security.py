@@ -3,6 +3,7 @@
 import ast
 import ipaddress
 import os
+import pickle
 import re
 import stat
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateSyntaxError
@@ -20,13 +22,14 @@ from ray._private import ray_constants, services
 
 from dream import config, pool
 from dream.config import Config, EngineConfig
-from dream.errors import TemplateError
+from dream.errors import TemplateError, TrainingError
 from dream.records import Record
 from dream.sandbox import ENVIRONMENT, compiled_expression
 from dream.store import Log, RunFolder, write_json
 from dream.template import MAX_RENDERED, Lines, Template
 from dream.templates import examine, load
 from dream.vllm_engine import engine_arguments
+from train.checkpoints import load_adapter, load_model
 
 ROOT = Path(__file__).parent.parent
 DOUBLING = "  n0: [xx]\n" + "".join(f"  n{place + 1}: {{expr: n{place} ~ n{place}}}\n" for place in range(40))
@@ -393,3 +396,12 @@ def test_page_names_tests_that_exist() -> None:
         (file, test) for file, test in named if f"def {test}(" not in (ROOT / "tests" / f"{file}.py").read_text()
     ]
     assert missing == []
+
+
+def test_an_adapter_in_a_pickle_is_refused(tmp_path: Path, toy_model: Path) -> None:
+    """PEFT would read adapter_model.bin where there are no safetensors; we say what is missing instead."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({}))
+    model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    with pytest.raises(TrainingError, match=r"no adapter_model\.safetensors"):
+        load_adapter(model, str(tmp_path), trainable=False)

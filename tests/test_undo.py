@@ -196,6 +196,8 @@ def test_opposite_rows_choose_the_wrong_stance() -> None:
 def promoted(run: Path, **paths: str) -> Path:
     """A run folder of which the round is known that was promoted."""
     write_json(run / "policy.json", Policy(round=1, as_of=1, **paths).model_dump())
+    (run / "round_01" / "train").mkdir(parents=True)
+    write_json(run / "round_01" / "train" / "ledger.json", {"learning_rate": 1e-5, "flip_probability": 0.07})
     return run
 
 
@@ -203,7 +205,8 @@ def test_prepared_test_has_scenarios_of_its_own(
     tmp_path: Path, tiny_templates: list[Template], settings_with: Callable[..., Config]
 ) -> None:
     """Measured and trained scenarios come from training templates, are as many as asked, and no prompt serves twice
-    over; the run's loss and rate stay, and only its batch changes."""
+    over; the loss stays, rate and flip probability are those that the policy was trained with, and the batch is one
+    scenario."""
     run = promoted(tmp_path / "run", adapter="a", weights="w")
     config = settings_with(eval={"fresh_pairs": 6}, train={"beta": 0.3, "learning_rate": 2e-5})
     spec = prepare(run, config, tiny_templates, "model")
@@ -211,11 +214,11 @@ def test_prepared_test_has_scenarios_of_its_own(
     assert (len(spec.measured), len(rows)) == (2 * 6, 2 * LIMIT)
     assert not {str(row.prompt) for row in spec.measured} & {str(row.prompt) for row in rows}
     assert (spec.adapter, spec.weights, spec.train.method) == (str(run / "a"), None, "lora")
-    kept = ("beta", "learning_rate", "nll_weight", "reference", "optim")
+    kept = ("beta", "nll_weight", "reference", "optim")
     assert all(getattr(spec.train, name) == getattr(config.train, name) for name in kept)
     assert (spec.train.batch_size, spec.train.warmup, spec.train.schedule) == (2, 0.0, "constant")
-    assert spec.flip_probability == 0
-    assert [path.name for path in run.iterdir()] == ["policy.json"]
+    assert (spec.train.learning_rate, spec.flip_probability) == (1e-5, 0.07)
+    assert sorted(path.name for path in run.iterdir()) == ["policy.json", "round_01"]
 
 
 @pytest.mark.parametrize("paths", [{"weights": "w"}, {"weights": "w", "masters": "m"}])
@@ -260,7 +263,7 @@ def test_command_starts_the_child_and_cleans_up(
     [(folder, module)] = begun
     assert module == "train.undo"
     assert not folder.exists()
-    assert [path.name for path in run.iterdir()] == ["policy.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["policy.json", "round_01"]
     assert "1 of 1 opposite examples: margin -0.500" in capsys.readouterr().err
 
 

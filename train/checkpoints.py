@@ -17,6 +17,7 @@ import peft
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dream.config import LoraConfig
@@ -103,8 +104,11 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> PeftMo
     """The model with an adapter of an earlier round; the adapter's values are float32.
 
     Raises:
-        TrainingError: it is not there, or not for this model.
+        TrainingError: it is not there, not in safetensors, or not for this model.
     """
+    if not (Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
+        # PEFT would go on to a pickle, and then to the hub.
+        raise TrainingError(f"{folder}: no {SAFETENSORS_WEIGHTS_NAME}; name an adapter folder that PEFT wrote")
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (OSError, ValueError, RuntimeError) as error:

@@ -146,6 +146,10 @@ async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
             )  # fmt: skip
             audit, _ = await dreamer.run()
             loop.reporter.audited(audit)
+        if loop.data and not store.pairs:
+            raise DataError(
+                f"round {number}: earlier rounds used up the {len(loop.data)} pairs of --data; begin a run with more"
+            )
         if not store.pairs:
             reasons = ", ".join(f"{reason} {count}" for reason, count in drop_reasons(folder).items())
             raise DataError(f"round {number}: no pair was accepted ({reasons}); see {folder / 'dropped.jsonl'}")
@@ -198,7 +202,7 @@ async def train_candidate(
             out=str(out),
             train=config,
             flip_probability=flip_probability(loop),
-            seed=loop.config.seed * 1000 + number,
+            seed=(loop.config.seed * 1000 + number) % 2**32,  # as large as numpy takes
             served_dtype=loop.config.engine.dtype,
             trust_remote_code=loop.config.engine.trust_remote_code,
             probes=probes(loop.templates),

@@ -2,7 +2,8 @@
 
 The disposition is the crossed margin (docs/ARCHITECTURE.md, "What is measured") on new scenarios of trained kinds. The
 policy is trained on worked pairs whose chosen and rejected reply changed places, one scenario (both sides) an optimiser
-step, at the run's own loss and learning rate. It is undone where its margin is no longer above the initial model's.
+step, at the loss, flip probability and learning rate of its last promoted round, without rehearsal. It is undone where
+its margin is no longer above the initial model's.
 
 Reads an `UndoSpec`, prints a JSON line per measurement to stdout (all else goes to stderr) and leaves an `UndoResult`.
 
@@ -19,7 +20,7 @@ from dream.config import Config
 from dream.errors import ConfigError, DataError, RunError
 from dream.records import RIGHT_STANCE, WRONG_STANCE, EvalPair, PreferencePair, Record, assistant
 from dream.scenarios import eval_pairs
-from dream.store import Log, read_log, write_json
+from dream.store import Log, read_json, read_log, write_json
 from dream.templates import Template
 from train.child import carry_out
 from train.data import Encoded, StepSpec, chat_ids, encode, with_other_sides
@@ -89,6 +90,7 @@ def prepare(run: Path, config: Config, templates: Sequence[Template], model: str
     log.append(*opposite(eval_pairs(trained, LIMIT, config.seed * 10_000 + OPPOSITE)))
     log.close()
     weights = policy.masters or policy.weights
+    trained_with = read_json(run / f"round_{policy.round:02d}" / "train" / "ledger.json")
     return UndoSpec(
         model=model,
         adapter=str(run / policy.adapter) if policy.adapter else None,
@@ -98,6 +100,7 @@ def prepare(run: Path, config: Config, templates: Sequence[Template], model: str
         train=config.train.model_copy(
             update={
                 "method": "lora" if policy.adapter else "full",
+                "learning_rate": trained_with["learning_rate"],
                 "workers": 1,
                 "batch_size": 2,
                 "micro_batch_size": min(2, config.train.micro_batch_size),
@@ -105,6 +108,7 @@ def prepare(run: Path, config: Config, templates: Sequence[Template], model: str
                 "schedule": "constant",
             }
         ),
+        flip_probability=trained_with["flip_probability"],
         seed=config.seed,
         trust_remote_code=config.engine.trust_remote_code,
         measured=measured,

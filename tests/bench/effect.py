@@ -2,7 +2,7 @@
 
 For each run the initial policy beside the one it ended with (`--candidate`: beside its last candidate, promoted or
 not), on the run's own fixed scenarios, every change with its paired interval; and a plot of either side's own pairs.
-What docs/EFFECT.md shows is its output.
+The tables of docs/EFFECT.md are made of its output and of eval.json.
 """
 
 import sys
