@@ -200,7 +200,7 @@ def test_what_is_rehearsed_stays_as_it_was(toy_model: Path, tmp_path: Path) -> N
     ids = encode_rehearsed(tokenizer, text)
     assert tokenizer.decode(ids[1][-1:]) == "<eos>"
     initial = load_model(str(toy_model), torch.float32, trust_remote_code=False)
-    remembered = remember(initial, [ids], bf16=False)
+    remembered = remember(initial, [ids], bf16=False, batch=1)
     lost = {}
     for weight in (0.0, 50.0):
         out = tmp_path / f"weight_{weight:g}"
@@ -216,7 +216,7 @@ def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_pat
     text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
     tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
     initial = load_model(str(toy_model), torch.float32, trust_remote_code=False)
-    remembered = remember(initial, [encode_rehearsed(tokenizer, text)], bf16=False)
+    remembered = remember(initial, [encode_rehearsed(tokenizer, text)], bf16=False, batch=1)
     train_toy(toy_model, tmp_path / "first", method="full")
     first = tmp_path / "first" / "weights"
     train_toy(
@@ -227,6 +227,17 @@ def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_pat
         model = load_model(str(folder), torch.float32, trust_remote_code=False)
         lost.append(forgotten(model, model.get_output_embeddings(), remembered).item())
     assert lost[1] < lost[0] / 2
+
+
+def test_texts_are_remembered_together_as_one_by_one(toy_model: Path) -> None:
+    """Whatever their lengths, in their order."""
+    model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    texts = [(list(range(3, 3 + head)), list(range(4, 4 + tail))) for head, tail in ((5, 2), (1, 7), (4, 4), (2, 1))]
+    together, apart = (remember(model, texts, bf16=False, batch=batch) for batch in (3, 1))
+    assert [one.text for one in together] == texts
+    for one, other in zip(together, apart, strict=True):
+        assert one.likeliest.shape == other.likeliest.shape
+        assert torch.allclose(one.logps, other.logps, atol=1e-5)
 
 
 def test_the_rest_of_the_vocabulary_counts_together() -> None:

@@ -154,17 +154,21 @@ class Remembered(NamedTuple):
 
 
 @torch.no_grad()
-def remember(model: PreTrainedModel, texts: Sequence[Text], bf16: bool) -> list[Remembered]:
-    """The texts as the model sees them now."""
+def remember(model: PreTrainedModel, texts: Sequence[Text], *, bf16: bool, batch: int) -> list[Remembered]:
+    """The texts as the model sees them now, in their order."""
     model.eval()
-    found = []
-    for prompt, reply in texts:
-        batch = tensors([(prompt, [reply])], model.device)
+    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+    found: dict[int, Remembered] = {}
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        inputs = tensors([(prompt, [reply]) for prompt, reply in (texts[i] for i in part)], model.device)
         with autocast(model, bf16):
-            logits = reply_logits(model, model.get_output_embeddings(), batch)
+            logits = reply_logits(model, model.get_output_embeddings(), inputs)
         likeliest = logits.topk(min(LIKELIEST, logits.shape[-1] - 1)).indices
-        found.append(Remembered((prompt, reply), likeliest, coarse_logps(logits, likeliest)))
-    return found
+        sizes = inputs["lengths"].tolist()
+        each = zip(part, likeliest.split(sizes), coarse_logps(logits, likeliest).split(sizes), strict=True)
+        found |= {i: Remembered(texts[i], ids, logps) for i, ids, logps in each}
+    return [found[i] for i in range(len(texts))]
 
 
 def coarse_logps(logits: torch.Tensor, likeliest: torch.Tensor) -> torch.Tensor:

@@ -108,10 +108,11 @@ def run(spec: StepSpec, report: Report) -> None:
         meter = DriftMeter(policy, texts, initial)
         requests = [encode_rehearsed(tokenizer, text) for text in spec.rehearsed]
         rehearsed: list[Remembered] = []
+        batches: dict[str, Any] = {"bf16": train.mixed_precision, "batch": train.micro_batch_size}
         if requests:
-            rehearsed = of_initial(spec, policy, lambda model: remember(model, requests, train.mixed_precision))
+            rehearsed = of_initial(spec, policy, lambda model: remember(model, requests, **batches))
         shared = prompts_can_be_shared(policy, encoded, train.mixed_precision)
-        scoring: dict[str, Any] = {"shared": shared, "bf16": train.mixed_precision, "batch": train.micro_batch_size}
+        scoring: dict[str, Any] = {"shared": shared, **batches}
         before = score_pairs(policy, encoded, **scoring)
         loaded = time.monotonic()
         warm_up_loss = None
