@@ -240,6 +240,16 @@ def test_texts_are_remembered_together_as_one_by_one(toy_model: Path) -> None:
         assert torch.allclose(one.logps, other.logps, atol=1e-5)
 
 
+def test_a_short_text_counts_as_much_as_a_long_one(toy_model: Path) -> None:
+    """What is forgotten of a number is not lost beside what is kept of an essay."""
+    model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    number, essay = remember(model, [([3, 4], [5]), ([3, 5], list(range(4, 20)))], bf16=False, batch=2)
+    number = number._replace(logps=number.logps.roll(1, dims=-1))
+    alone, both = (forgotten(model, model.get_output_embeddings(), texts) for texts in ([number], [number, essay]))
+    assert alone.item() > 0.001
+    assert both.item() == pytest.approx(alone.item() / 2, abs=1e-5)
+
+
 def test_the_rest_of_the_vocabulary_counts_together() -> None:
     """Coarse log-probabilities are those of the chosen tokens and of all the others, and sum to one."""
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))

@@ -179,14 +179,16 @@ def coarse_logps(logits: torch.Tensor, likeliest: torch.Tensor) -> torch.Tensor:
 
 
 def forgotten(model: torch.nn.Module, head: torch.nn.Module, texts: Sequence[Remembered]) -> torch.Tensor:
-    """KL divergence of the model's view of the texts from the remembered one, in nats, the mean over their tokens.
+    """KL divergence of the model's view of the texts from the remembered one, in nats a token, the mean over texts.
 
-    It is that of distributions over the likeliest tokens and the rest, so at most that over the vocabulary.
+    It is that of distributions over the likeliest tokens and the rest, so at most that over the vocabulary. Each text
+    counts alike: in a mean over all tokens an answer that is a number would be lost among those that are essays.
     """
     batch = tensors([(prompt, [reply]) for (prompt, reply), _, _ in texts], texts[0].logps.device)
     then, likeliest = torch.cat([one.logps for one in texts]), torch.cat([one.likeliest for one in texts])
     now = coarse_logps(reply_logits(model, head, batch), likeliest)
-    return (then.exp() * (then - now)).sum(-1).mean()
+    each = (then.exp() * (then - now)).sum(-1).split([len(one.likeliest) for one in texts])
+    return torch.stack([tokens.mean() for tokens in each]).mean()
 
 
 def divergence(of: Sequence[torch.Tensor], against: Sequence[torch.Tensor]) -> float:
