@@ -1,6 +1,7 @@
 """Conservative DPO: the loss, and TRL's trainer without work that changes nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, chain, cycle, islice
 from math import ceil, isfinite
 from typing import Any
@@ -11,6 +12,7 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from dream.config import TrainConfig
 from dream.errors import TrainingError
@@ -93,7 +95,8 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
     ) -> None:
         self._train, self._rows_per_step, self._report = train, rows_per_step, report
         self._rehearsed = cycle(rehearsed) if rehearsed else None
-        super().__init__(*args, data_collator=PairCollator(shared), **kwargs)
+        with _without_fingerprint():
+            super().__init__(*args, data_collator=PairCollator(shared), **kwargs)
         self.remove_callback(PrinterCallback)
         if "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")  # TRL's copy; the reference is scored before training
@@ -162,6 +165,17 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         self._report(
             {"step": self.state.global_step, "steps": self.state.max_steps, **kept, "lr": logs["learning_rate"]}
         )
+
+
+@contextmanager
+def _without_fingerprint() -> Iterator[None]:
+    """TRL hashes all weights, under which it would keep the reference's scores; it is given those, and cannot hash what
+    is in parts on several workers."""
+    hash_module, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda model: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = hash_module
 
 
 class PairCollator:
