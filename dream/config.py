@@ -269,6 +269,9 @@ class TrainConfig(Section):
     "Preference pairs a forward pass."
     workers: int = Field(1, ge=1)
     "Processes that train together on a share of each batch each (Ray Train), one GPU each where there are GPUs."
+    fsdp: bool = False
+    """Each of the `workers` holds a part of weights, gradients and optimiser state (fully sharded data parallel), not
+    all of them; for `method: full`."""
     warmup: float = Field(0.1, ge=0, lt=1)
     "Share of the steps in which the rate rises."
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -369,6 +372,12 @@ class Config(Section):
     def _consistent(self) -> "Config":
         if self.train.optim == "apollo_adamw" and self.train.method == "lora":
             raise ValueError("train.optim: apollo_adamw is for full weights; set train.method to full")
+        if self.train.fsdp and self.train.method == "lora":
+            raise ValueError("train.fsdp: shards full weights over the workers; set train.method to full")
+        if self.train.fsdp and self.train.optim == "apollo_adamw":
+            raise ValueError("train.fsdp: apollo_adamw projects whole matrices; set train.optim to adamw_torch")
+        if self.train.fsdp and self.train.workers == 1:
+            raise ValueError("train.fsdp: one worker has nobody to share the weights with; raise train.workers")
         if self.train.batch_size % (self.train.micro_batch_size * self.train.workers):
             raise ValueError("train.batch_size must be a multiple of train.micro_batch_size times train.workers")
         if self.train.crossed_weight and self.train.micro_batch_size % 2:

@@ -195,22 +195,24 @@ def engine_plan(shape: ModelShape, config: Config, device: Device) -> EnginePlan
 
 
 class TrainerPlan(NamedTuple):
-    """One training step, over all devices. What is not held all the time has a moment in which it is largest."""
+    """One training step, all devices and workers. What is not held all the time has a moment in which it is largest."""
 
     method: str
     optim: str
     process: int
     weights: int
-    """The model: float32 masters (`full`), bfloat16 or float32 under an adapter."""
+    """The model: float32 masters (`full`), bfloat16 or float32 under an adapter; once with `train.fsdp`, else for each
+    worker."""
     adapter: int
     gradients: int
     moments: int
     activations: int
+    """With `train.fsdp` also what each worker gathers of the others' weights."""
     logits: int
     updating: int
     """Temporaries of the optimiser."""
     beside: int
-    """Before training (LoRA): norms of the weights in float64."""
+    """Before training (LoRA): norms of the weights in float64. Before and after (`train.fsdp`): whole weights."""
     merged: int
     """After training (LoRA), in the policy's place: the merged weights to be served."""
     accumulates: bool
@@ -230,6 +232,10 @@ def trainer_plan(shape: ModelShape, train: TrainConfig, served: str, device: Dev
     AdamW keeps two float32 moments a trained value (arXiv 1711.05101), Apollo two of rank x the longer side a matrix
     and its projection of rank x the shorter side (arXiv 2412.05270; `apollo_torch`), AdamW's for all that is no
     matrix of a linear layer. The reference is scored before training and not kept.
+
+    Each worker holds all that one process does, and with `train.fsdp` its part of weights, gradients and moments, the
+    embeddings and one layer at a time whole. It has loaded all weights, into main memory; in the end the first one
+    gathers them there and loads the weights as they were.
     """
     full, mixed, rank = train.method == "full", train.mixed_precision, train.lora.rank
     wanted = train.lora.target_modules  # a pattern counts as all linear layers
@@ -244,20 +250,29 @@ def trainer_plan(shape: ModelShape, train: TrainConfig, served: str, device: Dev
     if full:  # the projection's gradient is there before most other gradients
         logits = max(logits, logits // 3 + 4 * shape.embedding)
     merged = shape.parameters * max(shape.stored, WIDTH[served])
+    workers, sharded = train.workers, train.fsdp and full and not apollo
+    copies = 1 if sharded else workers
+    weights = shape.parameters * (2 if mixed and not full else 4) * copies
+    kept = activations(shape, train, device, batch) + (0 if device.gpu else 8 * DRIFT_TOKENS * shape.vocab)
+    beside = 0 if full else 16 * shape.embedding * workers
+    if sharded:
+        layer = sum(rows * columns for rows, columns in shape.linears.values())
+        kept += 8 * (shape.embedding * (1 if shape.tied else 2) + layer)  # and their gradients
+        beside = 4 * shape.parameters * (1 if device.gpu else max(2, workers - 1))
     return TrainerPlan(
         method=train.method,
         optim=train.optim,
-        process=PROCESS,
-        weights=shape.parameters * (2 if mixed and not full else 4),
-        adapter=0 if full else 4 * trained,
-        gradients=4 * trained,
-        moments=4 * (apollo_values(shape, train.apollo_rank) if apollo else 2 * trained),
-        activations=activations(shape, train, device, batch) + (0 if device.gpu else 8 * DRIFT_TOKENS * shape.vocab),
-        logits=logits,
-        updating=updating,
-        beside=0 if full else 16 * shape.embedding,
+        process=PROCESS * workers,
+        weights=weights,
+        adapter=0 if full else 4 * trained * copies,
+        gradients=4 * trained * copies,
+        moments=4 * (apollo_values(shape, train.apollo_rank) if apollo else 2 * trained) * copies,
+        activations=kept * workers,
+        logits=logits * workers,
+        updating=updating * copies,
+        beside=beside,
         merged=0 if full else merged,
-        accumulates=train.batch_size > train.micro_batch_size,
+        accumulates=train.batch_size > train.micro_batch_size * workers,
     )
 
 
@@ -306,6 +321,8 @@ class Plan(NamedTuple):
 def plan(shape: ModelShape, config: Config, device: Device, batch: Batch | None = None) -> Plan:
     """The plan of a resolved configuration; without `batch` for the largest micro batch that it lets in."""
     train = config.train
+    if config.ray.address is not None:  # the other workers may be elsewhere
+        train = train.model_copy(update={"workers": 1, "fsdp": False})
     configured = (train.method, train.optim)
     return Plan(
         device,

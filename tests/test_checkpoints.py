@@ -1,13 +1,18 @@
 """train/checkpoints.py: a policy's weights as they are served."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import train_toy
+from torch.distributed.tensor import DTensor
+from toy import build_toy, train_toy
 
-from train.checkpoints import as_served, load_model
+from train.checkpoints import as_served, load_model, whole_weights
+from train.drift import displacement_since_now
+from train.scoring import reply_distributions
 
 
 @given(value=st.floats(-4, 4, width=32).filter(lambda value: abs(value) > 1e-30))
@@ -45,3 +50,40 @@ def test_small_steps_reach_the_engine(toy_model: Path, tmp_path: Path) -> None:
     assert 0 < moved.abs().max() < rounded.abs().median() * 2.0**-9
     assert not torch.equal(served[name], rounded)
     assert torch.equal(served[name], as_served(name, trained[name].detach(), torch.bfloat16).float())
+
+
+@pytest.fixture
+def one_worker() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_model_in_parts_is_the_same_model(tmp_path: Path) -> None:
+    """Between calls every parameter is in parts, tied ones once; calls and gathered weights are those of the whole."""
+    build_toy(tmp_path, tied=True)
+    plain, parts = (load_model(str(tmp_path), torch.float32, False, sharded) for sharded in (False, True))
+    texts = [([2, 5, 6, 1, 3], [7, 8, 9])]
+    assert torch.equal(reply_distributions(parts, texts)[0], reply_distributions(plain, texts)[0])
+    assert all(isinstance(value, DTensor) for value in parts.parameters())
+    assert parts.get_output_embeddings().weight is parts.get_input_embeddings().weight
+    gathered = whole_weights(parts)
+    for name, value in whole_weights(plain).items():
+        assert torch.equal(gathered[name], value)
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_displacement_of_a_model_in_parts(tmp_path: Path) -> None:
+    """It is that of the same change of the whole model."""
+    build_toy(tmp_path)
+    moved = []
+    for sharded in (False, True):
+        model = load_model(str(tmp_path), torch.float32, False, sharded)
+        displaced = displacement_since_now(model)
+        with torch.no_grad():
+            for value in model.parameters():
+                value *= 1.5
+        moved.append(displaced())
+    assert moved == pytest.approx([0.5, 0.5])

@@ -143,6 +143,9 @@ def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
     [
         {"train": {"optim": "apollo_adamw", "method": "lora"}},
         {"train": {"batch_size": 16, "micro_batch_size": 3}},
+        {"train": {"fsdp": True, "workers": 2}},
+        {"train": {"fsdp": True, "workers": 2, "method": "full", "optim": "apollo_adamw"}},
+        {"train": {"fsdp": True, "workers": 1, "method": "full"}},
         {"train": {"batch_size": 6, "micro_batch_size": 3, "crossed_weight": 1.0}},
         {"judge": {"signals": ["wording", "server"]}},
         {"seed": -1},

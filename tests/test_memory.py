@@ -205,6 +205,34 @@ def test_larger_batches_take_more(
     assert small.activations < min(long.activations, large.activations)
 
 
+@given(shapes, devices, st.integers(2, 8))
+def test_sharded_workers_take_less(shape: ModelShape, device: Device, workers: int) -> None:
+    """Workers together take what one takes, each; sharded, weights, gradients and moments are there only once, beside
+    the layer and the embeddings that each worker gathers. Workers of a cluster are elsewhere."""
+    full = {"method": "full", "micro_batch_size": 1, "batch_size": 840}
+    alone, copies, parts, cluster = (
+        plan(shape, config(train={**full, **train}, ray={"address": address}), device).trainers[0]
+        for train, address in (
+            ({}, None),
+            ({"workers": workers}, None),
+            ({"workers": workers, "fsdp": True}, None),
+            ({"workers": workers, "fsdp": True}, "auto"),
+        )
+    )
+    assert copies.peak == workers * alone.peak
+    assert (parts.weights, parts.gradients, parts.moments) == (alone.weights, alone.gradients, alone.moments)
+    assert copies.activations < parts.activations < copies.activations + 2 * copies.weights
+    assert cluster == alone
+
+
+def test_sharding_lets_a_larger_model_in() -> None:
+    """Two GPUs of 80 GB hold the 16 bytes a value of 8B in AdamW only in parts, and two copies of them never."""
+    card, shape = Device(80 * GIB, 2, gpu=True), ModelShape(36, 4096, 12288, 32, 8, 128, 151936, tied=False)
+    train = {"method": "full", "micro_batch_size": 1, "batch_size": 16, "workers": 2}
+    copies, parts = (plan(shape, config(train={**train, "fsdp": on}), card).trainers[0] for on in (False, True))
+    assert parts.peak < card.total < copies.peak
+
+
 @given(shapes, devices)
 def test_apollo_takes_less_than_adamw(shape: ModelShape, device: Device) -> None:
     """With a rank far below the sides of all matrices, Apollo's state is the smaller one; LoRA's the smallest."""

@@ -1,12 +1,16 @@
-"""Training on two workers gives what one gives. Ray and two processes with torch: most of a minute."""
+"""Training on two workers gives what one gives. Ray and two processes with torch: most of a minute a test."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from toy import build_toy, train_toy
 
 from dream.errors import TrainingError
+from dream.records import user
+from train.data import Rehearsed
 from train.workers import cause_of
 
 
@@ -26,6 +30,35 @@ def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
     for reply in ("chosen", "rejected"):
         one, two = (made["preference"]["after"][reply]["logp_token"] for made in (first, second))
         assert two == pytest.approx(one, abs=1e-3)
+
+
+@pytest.mark.kill
+def test_two_workers_with_a_part_of_the_weights_each_train_as_one_does(tmp_path: Path) -> None:
+    """With `fsdp` too: the same losses, gradients' norms, ledger and weights, of a model whose embeddings are tied,
+    through a warm-up, with what is rehearsed, gradients that are clipped, and drift that is measured at each step."""
+    build_toy(tmp_path / "model", tied=True)
+    settings = {"method": "full", "learning_rate": 1e-3, "batch_size": 8, "sft": True, "sft_learning_rate": 1e-4,
+                "rehearsed": [Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)], "rehearsal": 2,
+                "max_grad_norm": 0.1, "budget_steps": 1}  # fmt: skip
+    alone = train_toy(tmp_path / "model", tmp_path / "alone", **settings)
+    parts = train_toy(tmp_path / "model", tmp_path / "parts", workers=2, fsdp=True, **settings)
+    assert len(alone) == len(parts) == 2
+    for one, two in zip(alone, parts, strict=True):
+        assert two == pytest.approx(one, abs=1e-3)
+        assert one["grad_norm"] > 0.1
+    first, second = (json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("alone", "parts"))
+    assert second["weights"].keys() == first["weights"].keys()
+    for name, figures in first["weights"].items():
+        assert second["weights"][name] == pytest.approx(figures, rel=1e-2)
+    for one, two in zip(first["drift"], second["drift"], strict=True):
+        assert two == pytest.approx(one, rel=1e-2, abs=1e-5)
+    for reply in ("chosen", "rejected"):
+        one, two = (made["preference"]["after"][reply] for made in (first, second))
+        assert two == pytest.approx(one, abs=1e-3)
+    saved, others = (load_file(tmp_path / name / "weights" / "model.safetensors") for name in ("alone", "parts"))
+    assert saved.keys() == others.keys()
+    for name, value in saved.items():
+        torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
 
 
 class Failed(Exception):

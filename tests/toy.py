@@ -10,8 +10,9 @@ from dream.store import Log
 from train.data import Probe, Rehearsed, StepSpec
 
 
-def build_toy(folder: Path) -> None:
-    """Writes the model, random weights and a word tokenizer with a chat template, into a Hugging Face folder."""
+def build_toy(folder: Path, tied: bool = False) -> None:
+    """Writes the model, random weights and a word tokenizer with a chat template, into a Hugging Face folder; `tied`:
+    the embedding is the vocabulary projection too."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,7 +28,7 @@ def build_toy(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **shape)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), tie_word_embeddings=tied, **shape)).save_pretrained(folder)
 
 
 def toy_rows(count: int = 8) -> list[PreferencePair]:

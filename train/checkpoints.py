@@ -18,6 +18,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dream.config import LoraConfig
@@ -65,10 +67,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def load_model(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+def load_model(
+    source: str, dtype: torch.dtype | str, trust_remote_code: bool, sharded: bool = False
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, on the GPU (spread over several) where there is one.
 
-    `dtype` "auto" keeps the precision of the files.
+    `dtype` "auto" keeps the precision of the files. `sharded`: see `in_parts`.
 
     Raises:
         TrainingError: it is not there or cannot be read.
@@ -76,12 +80,40 @@ def load_model(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -
     place = "auto" if torch.cuda.device_count() > 1 else ("cuda" if torch.cuda.is_available() else None)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=place, trust_remote_code=trust_remote_code, use_safetensors=True
+            source,
+            dtype=dtype,
+            device_map=None if sharded else place,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise TrainingError(f"{source}: cannot be loaded as a language model: {_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    return in_parts(model.eval()) if sharded else model.eval()
+
+
+def in_parts(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with each worker holding its part of every weight, on its device (PyTorch's FSDP2; arXiv 2304.11277).
+
+    A call gathers the weights layer by layer, so from now on all workers must make the same calls. Nothing else is
+    asked to shard: accelerate 1.15 leaves the trainer's `fsdp` unheard on a CPU, and transformers 5.19 does not train
+    tied embeddings right that it sharded (`distributed_config`).
+    """
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module)
+    fully_shard(model, reshard_after_forward=True)  # in parts between calls: those are what the optimiser must get
+    model._is_distributed_loading_by_transformers = True  # the trainer is not to wrap it once more
+    return model
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Values by parameter name. Of a model `in_parts` all workers must ask, and the first gets them, in main memory."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    if isinstance(model, FSDPModule):
+        gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        parameters = get_model_state_dict(model, options=gather)  # type: ignore[arg-type]  # it is a module too
+    return parameters
 
 
 def load_tokenizer(source: str, trust_remote_code: bool) -> Any:

@@ -1,7 +1,8 @@
 """Conservative DPO: the loss, and TRL's trainer without work that changes nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, chain, cycle, islice
+from contextlib import contextmanager
+from itertools import accumulate, chain, cycle
 from math import ceil, isfinite
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from dream.config import TrainConfig
 from dream.errors import TrainingError
@@ -92,8 +94,9 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         **kwargs: Any,
     ) -> None:
         self._train, self._rows_per_step, self._report = train, rows_per_step, report
-        self._rehearsed = cycle(rehearsed) if rehearsed else None
-        super().__init__(*args, data_collator=PairCollator(shared), **kwargs)
+        with _without_fingerprint():
+            super().__init__(*args, data_collator=PairCollator(shared), **kwargs)
+        self._rehearsed = self._rehearsal(rehearsed) if rehearsed else None
         self.remove_callback(PrinterCallback)
         if "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")  # TRL's copy; the reference is scored before training
@@ -129,7 +132,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
             delta = torch.where(alone, delta, apart)  # what the step's line is to show
         loss: torch.Tensor = (inputs["weight"] * losses).sum() / self._rows_per_step
         if self._rehearsed is not None:
-            loss = loss + train.rehearsal_weight * self._rehearsal_loss(model, head, self._rehearsed)
+            loss = loss + train.rehearsal_weight * self._rehearsal_loss(model, head, next(self._rehearsed))
         # Gradients are averaged over the workers, of which each has its part of the step's rows.
         loss = loss * self.accelerator.num_processes
         if not bool(torch.isfinite(loss)):
@@ -141,13 +144,24 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         self._metrics["train"]["accuracy"] += (delta > 0).float().tolist()
         return loss
 
+    def _rehearsal(self, texts: Sequence[Remembered]) -> Iterator[Sequence[Remembered]]:
+        """What each micro batch of this worker rehearses, without end; the workers share the texts as they do rows."""
+        each = ceil(self._train.rehearsal / self._micro_batches)
+        batches = [texts[start : start + each] for start in range(0, len(texts), each)]
+        workers = self.accelerator.num_processes
+        return cycle(batches[self.accelerator.process_index :: workers] or batches)
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of a step, over all workers."""
+        return self._train.batch_size // self._train.micro_batch_size
+
     def _rehearsal_loss(
-        self, model: torch.nn.Module, head: torch.nn.Module, texts: Iterator[Remembered]
+        self, model: torch.nn.Module, head: torch.nn.Module, texts: Sequence[Remembered]
     ) -> torch.Tensor:
         """A micro batch's part of what a step's `train.rehearsal` texts say was forgotten."""
-        parts = self._train.batch_size // self._train.micro_batch_size
         with autocast(model, self._train.mixed_precision):
-            return forgotten(model, head, list(islice(texts, ceil(self._train.rehearsal / parts)))) / parts
+            return forgotten(model, head, texts) / self._micro_batches
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Reports an optimiser step."""
@@ -162,6 +176,17 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
         self._report(
             {"step": self.state.global_step, "steps": self.state.max_steps, **kept, "lr": logs["learning_rate"]}
         )
+
+
+@contextmanager
+def _without_fingerprint() -> Iterator[None]:
+    """TRL hashes all weights, under which it would keep the reference's scores; it is given those, and cannot hash what
+    is in parts on several workers."""
+    hash_module, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda model: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = hash_module
 
 
 class PairCollator:

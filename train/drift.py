@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dream.config import TrainConfig
@@ -60,14 +61,20 @@ def displacement_since_now(policy: torch.nn.Module) -> Callable[[], float]:
         start = {name: _factors(layer) for name, layer in layers.items()}
         squares = sum(_squares(value) for name, value in policy.named_parameters() if "lora_" not in name)
         return lambda: (_moved(layers, start) / squares) ** 0.5
-    before = {name: value.detach().reshape(-1)[::STRIDE].clone() for name, value in policy.named_parameters()}
+    before = {name: _sample(value).clone() for name, value in policy.named_parameters()}
     norm = sum(_squares(value) for value in before.values())
 
     def displaced() -> float:
-        now = ((name, value.detach().reshape(-1)[::STRIDE]) for name, value in policy.named_parameters())
+        now = ((name, _sample(value)) for name, value in policy.named_parameters())
         return math.sqrt(sum(_squares(value - before[name]) for name, value in now) / norm)
 
     return displaced
+
+
+def _sample(value: torch.Tensor) -> torch.Tensor:
+    """Every 251st value; where each worker holds a part (`train.fsdp`), all workers get those of the whole."""
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().reshape(-1)[::STRIDE]
 
 
 def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float]:

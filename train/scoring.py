@@ -166,7 +166,9 @@ def remember(model: PreTrainedModel, texts: Sequence[Text], *, bf16: bool, batch
             logits = reply_logits(model, model.get_output_embeddings(), inputs)
         likeliest = logits.topk(min(LIKELIEST, logits.shape[-1] - 1)).indices
         sizes = inputs["lengths"].tolist()
-        each = zip(part, likeliest.split(sizes), coarse_logps(logits, likeliest).split(sizes), strict=True)
+        each = zip(
+            part, *(torch.split(both, sizes) for both in (likeliest, coarse_logps(logits, likeliest))), strict=True
+        )
         found |= {i: Remembered(texts[i], ids, logps) for i, ids, logps in each}
     return [found[i] for i in range(len(texts))]
 
@@ -187,7 +189,7 @@ def forgotten(model: torch.nn.Module, head: torch.nn.Module, texts: Sequence[Rem
     batch = tensors([(prompt, [reply]) for (prompt, reply), _, _ in texts], texts[0].logps.device)
     then, likeliest = torch.cat([one.logps for one in texts]), torch.cat([one.likeliest for one in texts])
     now = coarse_logps(reply_logits(model, head, batch), likeliest)
-    each = (then.exp() * (then - now)).sum(-1).split([len(one.likeliest) for one in texts])
+    each = torch.split((then.exp() * (then - now)).sum(-1), [len(one.likeliest) for one in texts])
     return torch.stack([tokens.mean() for tokens in each]).mean()
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from train.checkpoints import (
     replace_weights,
     rounded,
     whole_folder,
+    whole_weights,
     without_dropout,
 )
 from train.child import carry_out
@@ -60,7 +61,9 @@ def load_policy(spec: StepSpec) -> PreTrainedModel:
     """The policy to train: the model's weights under a float32 adapter, or float32 masters."""
     train = spec.train
     if train.method == "full":
-        return without_dropout(load_model(spec.weights or spec.model, torch.float32, spec.trust_remote_code))
+        return without_dropout(
+            load_model(spec.weights or spec.model, torch.float32, spec.trust_remote_code, train.fsdp)
+        )
     dtype = torch.bfloat16 if train.mixed_precision else torch.float32
     model = without_dropout(load_model(spec.model, dtype, spec.trust_remote_code))
     return load_adapter(model, spec.adapter, trainable=True) if spec.adapter else new_adapter(model, train.lora)
@@ -134,15 +137,16 @@ def run(spec: StepSpec, report: Report) -> None:
         budget = Budget(meter, train)
         trainer.add_callback(budget)
         trainer.train()
-        if not workers.is_main_process:
-            return
         steps, planned = trainer.state.global_step, trainer.state.max_steps
         del trainer
         trained = time.monotonic()
         after = score_pairs(policy, encoded, **scoring)
+        weights_after = whole_weights(policy)
+        if not workers.is_main_process:
+            return
 
         change = ledger.ChangeMeter(dtype)
-        served = save_policy(spec, policy, folder, dtype, change)
+        served = save_policy(spec, policy, weights_after, folder, dtype, change)
         tokenizer.save_pretrained(folder / "weights")
         write_json(
             folder / "probes.json", {"before": probes_before, "after": probe_scores(served, tokenizer, spec.probes)}
@@ -201,7 +205,7 @@ def of_initial(spec: StepSpec, policy: PreTrainedModel, measure: Callable[[PreTr
     if spec.train.method == "lora":
         with policy.disable_adapter():
             return measure(policy)
-    return measure(load_model(spec.model, torch.float32, spec.trust_remote_code))
+    return measure(load_model(spec.model, torch.float32, spec.trust_remote_code, spec.train.fsdp))
 
 
 def is_initial(spec: StepSpec) -> bool:
@@ -210,9 +214,14 @@ def is_initial(spec: StepSpec) -> bool:
 
 
 def save_policy(
-    spec: StepSpec, policy: PreTrainedModel, folder: Path, dtype: torch.dtype, meter: ledger.ChangeMeter
+    spec: StepSpec,
+    policy: PreTrainedModel,
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    meter: ledger.ChangeMeter,
 ) -> PreTrainedModel:
-    """Writes adapter or masters, and the merged weights; the merged model, as it is served."""
+    """Writes adapter or masters (of `weights`), and the merged weights; the merged model, as it is served."""
     trust = spec.trust_remote_code
     if spec.train.method == "lora":
         policy.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], safe_serialization=True)
@@ -221,7 +230,7 @@ def save_policy(
         served = merge_adapters(base, spec.adapter, str(folder / "adapter"), dtype, meter.add)
     else:
         base = load_model(spec.weights or spec.model, torch.float32, trust)
-        masters = replace_weights(base, dict(policy.named_parameters()), meter.add)
+        masters = replace_weights(base, weights, meter.add)
         if dtype != torch.float32:
             rounded(masters, torch.float32).save_pretrained(folder / "masters")
         served = rounded(masters, dtype, trained=True)

@@ -102,6 +102,7 @@ def prepare(run: Path, config: Config, templates: Sequence[Template], model: str
                 "method": "lora" if policy.adapter else "full",
                 "learning_rate": trained_with["learning_rate"],
                 "workers": 1,
+                "fsdp": False,
                 "batch_size": 2,
                 "micro_batch_size": min(2, config.train.micro_batch_size),
                 "warmup": 0.0,

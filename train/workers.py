@@ -3,7 +3,7 @@
 Every worker runs the step and takes its share of the rows of each batch; the first one reports and saves. Where they
 are on several machines, the run folder must be on a disk that all of them see.
 
-Not covered: weights sharded over the workers (FSDP); each worker holds the whole model.
+Each worker holds the whole model, or with `train.fsdp` a part of it (`checkpoints.in_parts`).
 """
 
 import tempfile
