@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 from toy import build_toy, train_toy
+from transformers import AutoModelForCausalLM
 
 from train.checkpoints import as_served, load_model, whole_weights
 from train.drift import displacement_since_now
@@ -25,6 +27,28 @@ def test_what_is_served_is_on_average_what_was_trained(value: float) -> None:
     assert len(served.unique()) <= 2
     assert (served - trained).abs().max().item() <= spacing
     assert abs(served.double().mean().item() - trained[0].double().item()) <= 0.02 * spacing
+
+
+@pytest.mark.parametrize(
+    ("gpus", "several", "place"), [(0, False, None), (1, False, "cuda"), (2, False, "auto"), (2, True, "cuda")]
+)
+def test_where_a_model_is_put(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, several: bool, place: str | None
+) -> None:
+    """One of several workers sees all GPUs of its machine and takes its own; a worker alone spreads the model."""
+    asked = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(source: str, device_map: str | None, **given: Any) -> Any:
+        asked.append(device_map)
+        return load(source, **given)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
+    load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    assert asked == [place]
 
 
 def test_weights_that_did_not_move_are_served_as_they_were() -> None:

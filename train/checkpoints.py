@@ -70,14 +70,16 @@ def _sync(path: Path) -> None:
 def load_model(
     source: str, dtype: torch.dtype | str, trust_remote_code: bool, sharded: bool = False
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the GPU (spread over several) where there is one.
+    """A causal language model in evaluation mode, on the GPU where there is one.
 
-    `dtype` "auto" keeps the precision of the files. `sharded`: see `in_parts`.
+    It is spread over several GPUs where no other worker uses them. `dtype` "auto" keeps the precision of the files.
+    `sharded`: see `in_parts`.
 
     Raises:
         TrainingError: it is not there or cannot be read.
     """
-    place = "auto" if torch.cuda.device_count() > 1 else ("cuda" if torch.cuda.is_available() else None)
+    spread = torch.cuda.device_count() > 1 and not torch.distributed.is_initialized()  # else they are other workers'
+    place = ("auto" if spread else "cuda") if torch.cuda.is_available() else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
