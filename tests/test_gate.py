@@ -481,3 +481,15 @@ def test_what_is_forgotten_little_by_little_is_seen() -> None:
     decision = decide(before, after, CONFIG, initial)
     assert decision.decision == "roll_back"
     assert "since the model as it came, forgetting" in decision.reason
+
+
+@pytest.mark.parametrize(("after", "decision"), [(0.75, "promote"), (0.6, "roll_back")])
+def test_what_chance_gave_a_policy_is_no_debt(after: float, decision: str) -> None:
+    """Six right answers fewer than the policy before, and as many as the model as it came, are let pass; twelve fewer,
+    which chance among so many checks does not explain, are not, though they are no loss beyond chance since the
+    model."""
+    initial, lucky = measured(retained=0.7), measured(rise=0.3, retained=0.9)
+    decided = decide(lucky, measured(rise=0.6, retained=after), CONFIG, initial)
+    assert decided.decision == decision
+    assert decide(lucky, measured(rise=0.6, retained=after), CONFIG).decision == "roll_back"  # were it alone
+    assert not any("since" in name for name in failed(decided))

@@ -7,8 +7,10 @@ Comply and push-back are gated apart, so that neither is bought with the other.
 Of twenty checks one finds a fall by chance. So a fall counts as evidence against a candidate (`conclusive`) only when
 it is beyond chance for that many checks (Bonferroni); else the candidate is rolled back and nothing was learned of it.
 
-What was known before the first round is also compared with the model as it came, as what is forgotten a little in each
-round adds up. Not covered: a drift of stance or style that does so.
+What was known before the first round is compared with the model as it came, as what is forgotten a little in each round
+adds up. Compared with the policy before it must be beyond chance among so many checks: a policy is promoted with the
+right answers that chance gave it, and the next one does not owe them. Not covered: a drift of stance or style that
+adds up.
 """
 
 import math
@@ -95,7 +97,9 @@ def decide(
     both = (before, after)
     since = None if initial is None or initial == before else (initial, after)
     gains = _gains(both, config)
-    guards = _guards(both, since, config)
+    count = len(_guards(both, since, config, config))
+    surer = config.model_copy(update={"confidence": 1 - (1 - config.confidence) / count})
+    guards = _guards(both, since, config, surer)
     checks = [*gains, *guards]
     rose = [one for one in gains if one.passed]
     missed = [] if rose else gains
@@ -106,8 +110,7 @@ def decide(
             for one in rose
         )
         return Decision(decision="promote", reason=f"{reason}, and nothing fell", checks=checks)
-    surer = config.model_copy(update={"confidence": 1 - (1 - config.confidence) / len(guards)})
-    if all(check.passed for check in _guards(both, since, surer)):
+    if all(check.passed for check in _guards(both, since, surer, surer)):
         fell = not all(check.passed for check in guards)
         why = f"; of {len(guards)} checks chance may fail one so" if fell else ", and no check found a fall"
         reason = f"inconclusive: {failed}{why}"
@@ -124,13 +127,16 @@ def _gains(both: Both, config: GateConfig) -> list[Check]:
     ]
 
 
-def _guards(both: Both, since: Both | None, config: GateConfig) -> list[Check]:
-    """What may not fall, the gravest first; `since` are the evaluations of the model as it came and the candidate."""
+def _guards(both: Both, since: Both | None, config: GateConfig, surer: GateConfig) -> list[Check]:
+    """What may not fall, the gravest first; `since` are the evaluations of the model as it came and the candidate.
+
+    `surer` has the confidence for what the policy before knew, where that is another than the model as it came.
+    """
     return [
         *_likelihood_drift(both, config),
         *_sampled_drift(both, config),
         *_judgement(both, config),
-        *_forgetting(both, config),
+        *_forgetting(both, surer if since else config),
         *(_since_the_model(_forgetting(since, config)) if since else []),
         *_style(both, config),
     ]
