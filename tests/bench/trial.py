@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dream.config import load
 from dream.models import resolve
 from dream.records import SIDES, ContrastPair, EvalPair, PreferencePair, Scenario, Side, assistant
-from dream.scenarios import draw, eval_pairs, mirrored, plan
+from dream.scenarios import STANCES, draw, eval_pairs, mirrored, plan
 from dream.store import Log
 from dream.templates import Template, load_all
 from tests.bench.effect import figures as compared
@@ -30,6 +30,8 @@ from train.step import run
 
 DRAWS = 1000
 """Added to the seed for rows, so that no row is a scenario that is measured."""
+FLIP_PROBABILITY = 0.05
+"""About the judge's error on dreamed pairs; worked replies have none."""
 
 
 def worked_rows(templates: Sequence[Template], count: int, seed: int, batch_size: int) -> list[PreferencePair]:
@@ -49,7 +51,7 @@ def worked_pair(scenario: Scenario) -> ContrastPair:
 
     def row(side: Side) -> PreferencePair:
         examples = scenario.side(side).examples
-        comply, push_back = (examples[stance][scenario.seed % len(examples[stance])] for stance in examples)
+        comply, push_back = (examples[stance][scenario.seed % len(examples[stance])] for stance in STANCES)
         chosen, rejected = (comply, push_back) if side == "clear" else (push_back, comply)
         return PreferencePair(
             pair_id=scenario.scenario_id, side=side, prompt=scenario.prompt(side),
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows=str(options.out / "rows.jsonl"),
             out=str(out),
             train=train,
-            flip_probability=0.05,
+            flip_probability=FLIP_PROBABILITY,
             seed=config.seed,
             served_dtype=config.engine.dtype,
         ),
