@@ -81,14 +81,19 @@ def autocast(model: torch.nn.Module, bf16: bool) -> torch.autocast:
     return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16)
 
 
+def batches_of_like_length(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
+    """All indices of `lengths`, at most `batch` at a time, the shortest first, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), batch):
+        yield order[start : start + batch]
+
+
 @torch.no_grad()
 def score_pairs(model: PreTrainedModel, rows: Sequence[Encoded], *, shared: bool, bf16: bool, batch: int) -> Scores:
     """Summed log-probabilities of each row's replies, in the rows' order."""
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: tokens(rows[i]))
     scores: dict[int, tuple[float, ...]] = {}
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
+    for part in batches_of_like_length([tokens(row) for row in rows], batch):
         inputs = tensors(pair_sequences([rows[i] for i in part], shared), model.device)
         with autocast(model, bf16):
             logps = iter(reply_logps(model, model.get_output_embeddings(), inputs).tolist())
@@ -157,10 +162,8 @@ class Remembered(NamedTuple):
 def remember(model: PreTrainedModel, texts: Sequence[Text], *, bf16: bool, batch: int) -> list[Remembered]:
     """The texts as the model sees them now, in their order."""
     model.eval()
-    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
     found: dict[int, Remembered] = {}
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
+    for part in batches_of_like_length([sum(map(len, text)) for text in texts], batch):
         inputs = tensors([(prompt, [reply]) for prompt, reply in (texts[i] for i in part)], model.device)
         with autocast(model, bf16):
             logits = reply_logits(model, model.get_output_embeddings(), inputs)
