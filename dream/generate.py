@@ -267,17 +267,13 @@ class RoundDreamer:
         if worded is None:
             return self._drop(scenario, "dreamer", "dreamer_unreadable")
         scenario = worded
-        free = {
-            side: await self._judged(scenario, replies)
-            for side, replies in zip(
-                scenario.sides,
-                await asyncio.gather(*(self._on_policy(scenario, side) for side in scenario.sides)),
-                strict=True,
-            )
-        }
+        sides = scenario.sides
+        said = await asyncio.gather(*(self._on_policy(scenario, side) for side in sides))
+        free = dict(zip(sides, said, strict=True))
         if not template.general and already_right(free):
             return self._drop(scenario, "selfplay", "already_right")
-        replies = {side: await self._complete(template, scenario, side, free[side]) for side in scenario.sides}
+        completed = await asyncio.gather(*(self._complete(template, scenario, side, free[side]) for side in sides))
+        replies = dict(zip(sides, completed, strict=True))
         if template.general:
             row = preference_pair(scenario, "clear", replies["clear"], self._config.filters)
             return self._keep_general(scenario, row)
@@ -317,8 +313,9 @@ class RoundDreamer:
                 judged += await self._judged(scenario, self._stored(reply))
         return judged
 
-    async def _on_policy(self, scenario: Scenario, side: Side) -> list[Reply]:
-        return self._stored(await on_policy(self._engine, scenario, side, self._config.generate, self._policy))
+    async def _on_policy(self, scenario: Scenario, side: Side) -> list[Judged]:
+        replies = await on_policy(self._engine, scenario, side, self._config.generate, self._policy)
+        return await self._judged(scenario, self._stored(replies))
 
     def _stored(self, replies: list[Reply]) -> list[Reply]:
         self._store.add("replies", *replies)

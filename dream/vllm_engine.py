@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,31 @@ class WorkerExtension:
         for module in self.model_runner.get_model().modules():
             if type(module).__name__ == "ParallelLMHead" and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
+
+    def use_fused_kernels(self) -> None:
+        """Takes vLLM's own kernels for norms and gated activations. On an x86 CPU it has them and leaves them aside for
+        what `torch.compile` makes; in eager mode each then takes half a dozen passes over memory instead of one."""
+        import torch
+        from vllm import ir
+
+        for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+            kernel = op.impls["vllm_c"]
+            kernel._supports_args = _where_contiguous(kernel._supports_args)
+            kernel.supported = True
+            op.set_default(["vllm_c", "native"])
+        for module in self.model_runner.get_model().modules():
+            if type(module).__name__ == "SiluAndMul":
+                module.op = torch.ops._C.silu_and_mul
+                module._forward_method = module.forward_cuda  # it calls `op`, whatever the processor
+
+
+def _where_contiguous(supports: Callable[..., bool]) -> Callable[..., bool]:
+    """A kernel's check of its arguments that also turns away views with gaps, which the CPU's kernels misread."""
+
+    def check(*arguments: Any) -> bool:
+        return supports(*arguments) and all(one.is_contiguous() for one in arguments if hasattr(one, "is_contiguous"))
+
+    return check
 
 
 def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) -> dict[str, Any]:
@@ -106,6 +131,8 @@ class VLLMEngine:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except Exception as error:  # vLLM raises many kinds; all of them mean that this model cannot be served
             raise EngineError(f"vLLM cannot serve {self._model}: {type(error).__name__}: {error}") from error
+        if not on_gpu:
+            await self._engine.collective_rpc("use_fused_kernels")
         self._tokenizer = self._engine.get_tokenizer()
         if weights is not None:
             await self.load_weights(weights)

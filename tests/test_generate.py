@@ -72,6 +72,21 @@ class StuckEngine(ScriptedEngine):
         return await super().generate(messages, sampling)
 
 
+class CountingEngine(ScriptedEngine):
+    """A scripted engine that remembers how many steered requests it had at a time."""
+
+    now = most = 0
+
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
+        steered = messages[0]["role"] == "system"
+        self.now += steered
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.001)
+        completions = await super().generate(messages, sampling)
+        self.now -= steered
+        return completions
+
+
 @pytest.fixture
 def dream(tmp_path: Path, engine: ScriptedEngine, judge: Judge, tiny_templates: list[Template]) -> Callable[..., Round]:
     """Dreams a round into its folder, or goes on with it, and reads what is there afterwards.
@@ -137,6 +152,13 @@ def test_exactly_the_wanted_pairs(dream, config, pairs: int, concurrency: int) -
     assert len(found.rows) == 2 * pairs
     assert len(found.general) == -(-2 * pairs // 3)
     check_every_scenario_ended_once(found)
+
+
+def test_sides_of_a_scenario_are_steered_together(dream, config, script) -> None:
+    """Neither side of a scenario waits for the other's steered replies, so that few scenarios fill the engine."""
+    engine = CountingEngine(script)
+    dream(config(pairs=2, concurrency=1), use=engine)
+    assert engine.most == 2
 
 
 def test_kinds_of_flaw_are_balanced(dream, config) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from dream.config import Config, parse, resolved
 from dream.engine import Engine, Sampling, mean
 from dream.pool import EnginePool, vllm_pool
 from dream.records import user
+from dream.vllm_engine import WorkerExtension
 
 pytestmark = pytest.mark.model
 
@@ -122,6 +124,37 @@ def kill_engine_processes() -> None:
     for process in found:
         process.kill()
     psutil.wait_procs(found, timeout=60)
+
+
+def test_fused_kernels_compute_what_the_plain_ones_do() -> None:
+    """Norms by vLLM's kernels are those of its plain implementation, on views with gaps too, and a gated activation
+    takes the kernel."""
+    import torch
+    from vllm import ir
+    from vllm._custom_ops import current_platform
+
+    class SiluAndMul(torch.nn.Module):
+        def forward_cuda(self) -> None: ...
+
+    current_platform.import_ir_kernels()
+    gated = SiluAndMul()
+    worker = WorkerExtension()
+    worker.model_runner = SimpleNamespace(get_model=lambda: gated)
+    worker.use_fused_kernels()
+    assert gated._forward_method == gated.forward_cuda
+    x = torch.randn(5, 4, 64)
+    for view in (x[:, 1], x[:, 1].contiguous()):
+        weight, residual = torch.randn(64), torch.randn(5, 64)
+        norm, added = ir.ops.rms_norm, ir.ops.fused_add_rms_norm
+        torch.testing.assert_close(norm(view, weight, 1e-5), norm.impls["native"].impl_fn(view, weight, 1e-5))
+        expected = added.impls["native"].impl_fn(view, residual, weight, 1e-5)
+        torch.testing.assert_close(
+            added(view.clone(memory_format=torch.preserve_format), residual, weight, 1e-5), expected
+        )
+    gate = torch.randn(3, 128)
+    out = torch.empty(3, 64)
+    gated.op(out, gate)
+    torch.testing.assert_close(out, torch.nn.functional.silu(gate[:, :64]) * gate[:, 64:])
 
 
 def test_one_small_round_end_to_end(tmp_path: Path) -> None:

@@ -47,9 +47,13 @@ class Recording:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.requests: list[Request] = []
+        self.under_way_s = 0.0
+        """The times of all requests together: divided by a run's seconds, how many were under way on average."""
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
+        began = time.perf_counter()
         completions = await self._engine.generate(messages, sampling)
+        self.under_way_s += time.perf_counter() - began
         self.requests.append(Request(list(messages), sampling, [one.tokens for one in completions]))
         return completions
 
@@ -108,12 +112,13 @@ class Staged(Recording):
 
 
 class Dreamed(NamedTuple):
-    """What a run of the pipeline took and asked for; `cached` is the share of its
-    prompt tokens that the prefix cache had."""
+    """What a run of the pipeline took and asked for; `cached` is the share of its prompt tokens that the prefix cache
+    had, `under_way` how many requests the engine had on average."""
 
     seconds: float
     requests: list[Request]
     cached: float
+    under_way: float
 
     @property
     def rate(self) -> float:
@@ -127,7 +132,7 @@ async def dreamed(engine: Recording, judge: Judge, templates: list[Template], co
     seconds, _, _ = await dream_round(engine, judge, templates, config)
     after = await engine.stats()
     cached = (after.cached_tokens - before.cached_tokens) / max(1, after.prompt_tokens - before.prompt_tokens)
-    return Dreamed(seconds, engine.requests, cached)
+    return Dreamed(seconds, engine.requests, cached, engine.under_way_s / seconds)
 
 
 @asynccontextmanager
@@ -152,7 +157,8 @@ async def ours_and_staged(config: Config, model: str) -> list[tuple[Dreamed, Dre
                 pair.append(await dreamed(kind(engine), judge, templates, seeded))
                 print(
                     f"{kind.__name__}: {pair[-1].rate:.1f} tokens/s in {len(pair[-1].requests)} requests, "
-                    f"{pair[-1].seconds:.0f} s, {pair[-1].cached:.0%} of prompt tokens cached",
+                    f"{pair[-1].seconds:.0f} s, {pair[-1].under_way:.0f} under way, "
+                    f"{pair[-1].cached:.0%} of prompt tokens cached",
                     file=sys.stderr,
                 )
             found.append((pair[0], pair[1]))
