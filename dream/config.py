@@ -228,6 +228,8 @@ class TrainConfig(Section):
     "Steps between new projections."
     learning_rate: float = Field(5e-5, gt=0)
     "Trust per example. A LoRA takes 5e-6 to 5e-5 and more on tiny models; full weights 5e-7."
+    first_rate_share: float = Field(1.0, gt=0, le=1)
+    "Share of that rate while no round is promoted: the first step from the model as it came is what it forgets by."
     beta: float = Field(0.1, gt=0)
     "DPO's inverse temperature."
     nll_weight: float = Field(0.05, ge=0)

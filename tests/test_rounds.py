@@ -303,6 +303,13 @@ def test_learning_rate_recovers_after_a_promotion(world: World) -> None:
     assert [spec.train.learning_rate for spec in world.specs] == [RATE, RATE / 2, RATE / 4, RATE]
 
 
+def test_first_steps_are_smaller_until_a_round_is_promoted(world: World) -> None:
+    """`first_rate_share` of the rate for every candidate from the model as it came, beside what rejections halve."""
+    world.skills = [0.0, 1.0, 2.0]
+    world.go(rounds=3, train={"learning_rate": RATE, "first_rate_share": 0.4})
+    assert [spec.train.learning_rate for spec in world.specs] == pytest.approx([RATE * 0.4, RATE * 0.2, RATE])
+
+
 def test_inconclusive_round_costs_no_trust_and_its_pairs_train_again(world: World) -> None:
     """A candidate of which chance explains everything is not served and not counted; its pairs join the next round's
     until a round is decided."""

@@ -107,7 +107,8 @@ async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvalua
     await dream(loop, folder, number, policy)
     pairs = stored_pairs(loop.run, number)
     dropped = drop_reasons(folder)
-    rate = loop.config.train.learning_rate * 0.5**rejected
+    share = 1.0 if policy.round else loop.config.train.first_rate_share
+    rate = loop.config.train.learning_rate * share * 0.5**rejected
     candidate = await train_candidate(loop, folder, number, policy, pairs, rate)
     await serve(loop, candidate)
     await prove_served(loop, folder)
