@@ -8,6 +8,7 @@ Ours is `dream generate` without its start: scenarios, judge, filters, store and
 """
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -185,8 +186,6 @@ async def raw_rates(config: Config, model: str, runs: Sequence[Sequence[Request]
 
 
 def _raw_rates(raw: dict[str, Any], model: str, runs: list[list[Request]]) -> list[float]:
-    import os
-
     from dream.vllm_engine import engine_arguments, prepare_cpu_environment
 
     config = Config.model_validate(raw)
@@ -222,6 +221,7 @@ def hf_rate(config: Config, model: str, run: Sequence[Request]) -> float:
 
     from train.checkpoints import load_model, load_tokenizer
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # the judge's embedding leaves one
     tokenizer = load_tokenizer(model, trust_remote_code=False)
     tokenizer.padding_side = "left"
     loaded = load_model(model, getattr(torch, config.engine.dtype), trust_remote_code=False).eval()
