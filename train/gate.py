@@ -97,9 +97,10 @@ def decide(
     both = (before, after)
     since = None if initial is None or initial == before else (initial, after)
     gains = _gains(both, config)
-    count = len(_guards(both, since, config, config))
-    surer = config.model_copy(update={"confidence": 1 - (1 - config.confidence) / count})
-    guards = _guards(both, since, config, surer)
+    guards = _guards(both, since, config, config)
+    surer = config.model_copy(update={"confidence": 1 - (1 - config.confidence) / len(guards)})
+    if since:  # else the policy before is the model as it came, and is compared as that
+        guards = _guards(both, since, config, surer)
     checks = [*gains, *guards]
     rose = [one for one in gains if one.passed]
     missed = [] if rose else gains
