@@ -1,5 +1,6 @@
 """tests/bench: the arithmetic of rows, the table and file that they end in, and that DPO is compared like with like."""
 
+import asyncio
 import json
 from pathlib import Path
 from statistics import median
@@ -11,11 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_rows
 
-from dream.config import TrainConfig
+from dream.config import TrainConfig, load
+from dream.engine import Sampling
 from dream.errors import TrainingError
+from dream.prompts import render
+from dream.records import user
+from dream.scenarios import draw
+from dream.selfplay import details
 from dream.store import write_json
+from dream.template import PLAN
 from dream.templates import load_all
 from tests.bench import Row, bench, effect, paired_rates, trial
+from tests.bench import growth_256_vs_16 as growth
+from tests.bench.growth_256_vs_16 import Dreamed
+from tests.bench.scripted import worked_engine
 from train.evals import RoundEvaluation, figures
 from train.gate import Decision
 from train.history import RoundResult
@@ -26,6 +36,10 @@ SLOW = Row(name="slow", ours=15.0, other=10.0, ratio=1.5, target=2.0, unit="pair
 RATES = st.lists(
     st.tuples(st.floats(0.01, 1e4), st.floats(0.01, 1e4), st.floats(0.01, 1e2)), min_size=1, max_size=7
 )  # ours, other, and by how much the machine speeds up in that repetition
+
+
+DRAWS = 20
+"""Of each template."""
 
 
 @pytest.fixture
@@ -156,3 +170,39 @@ def test_trial_rows_are_contrast_pairs_with_their_mirrors() -> None:
         assert sorted(row.side for row in step) == ["clear"] * 8 + ["flawed"] * 8
         assert all(sum(one.pair_id == row.pair_id for one in step) == 2 for row in step)
     assert sorted(str(row.chosen) for row in rows) == sorted(str(row.rejected) for row in rows)
+
+
+def test_scripted_engine_answers_every_note_with_the_replies_of_its_own_draw() -> None:
+    """Two draws of a template can have the same aim: told by the aim alone, one got the other's values, and the more
+    pairs a round had the more of them its filters dropped."""
+    config, _ = load(None)
+    templates = [one for one in load_all() if one.front.split == "train"]
+    engine = worked_engine(templates, config, DRAWS, 0.0)
+
+    async def go() -> None:
+        for template in templates:
+            for number in range(DRAWS):
+                seed = (config.seed * 1_000 + 1) * PLAN + number
+                scenario = draw(template, seed, "s", covered=config.generate.coverage)
+                for side in scenario.sides:
+                    text, values = scenario.side(side), details(scenario, side)
+                    for stance, aim in text.aims.items():
+                        note = user(f"({render('steering/note', aim=aim, details=values)})")
+                        [one] = await engine.generate([note], Sampling(1, 100))
+                        assert one.text in text.examples[stance]
+
+    asyncio.run(go())
+
+
+def test_growth_is_told_by_medians_and_the_memory_of_the_first_rounds(tmp_path: Path) -> None:
+    """A peak of memory never falls, so later rounds of a small size show that of larger ones."""
+    rounds = {
+        16: [Dreamed(20, 0.5, 700.0), Dreamed(24, 0.3, 800.0), Dreamed(22, 0.4, 800.0)],
+        256: [Dreamed(260, 0.2, 800.0), Dreamed(258, 0.3, 800.0), Dreamed(262, 0.1, 800.0)],
+    }
+    assert growth.table(rounds)[2:] == [
+        "| 16 | 22 | 0.400 (0.300, 0.500) | 700 |",
+        "| 256 | 260 | 0.200 (0.100, 0.300) | 800 |",
+    ]
+    drawn = ElementTree.fromstring(growth.plot(rounds))
+    assert "16 pairs, 700 MiB256 pairs, 800 MiB" in "".join(drawn.itertext())

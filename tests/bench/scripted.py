@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from dream.config import Config
 from dream.engine import ScriptedEngine
+from dream.prompts import render
 from dream.records import Message
 from dream.scenarios import STANCES, draw
+from dream.selfplay import details
 from dream.template import PLAN
 from dream.templates import Template
 
@@ -26,12 +28,14 @@ def worked_engine(templates: Sequence[Template], config: Config, draws: int, del
                 plain[scenario.prompt(side)[0]["content"]] = text.examples["comply"][
                     seed % len(text.examples["comply"])
                 ]
-                noted.update({text.aims[stance]: text.examples[stance] for stance in STANCES})
+                values = details(scenario, side)
+                for stance in STANCES:
+                    noted[render("steering/note", aim=text.aims[stance], details=values)] = text.examples[stance]
 
     def write(messages: Sequence[Message], number: int) -> str:
         text = messages[-1]["content"]
         if text.startswith("("):
-            replies = noted.get(text[1:].split(" Use only:")[0].rstrip(")"))
+            replies = noted.get(text[1:-1])
             return replies[len(text) % len(replies)] if replies else "I do not know this note."
         return plain.get(text.removeprefix(BACKGROUND).strip(), BACKGROUND)
 
