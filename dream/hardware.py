@@ -11,11 +11,16 @@ def gpu_visible() -> bool:
 
 
 def bfloat16_is_fast() -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 here.
+    """Whether matrix products in bfloat16 are faster than in float32 where models are put here."""
+    return gpu_visible() or cpu_has_bfloat16()
 
-    On a CPU that takes AVX-512 BF16 or AMX; without them bfloat16 is six to nine times *slower* (docs/LOG.md).
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor has units for it: AVX-512 BF16 or AMX.
+
+    Without them bfloat16 is six to nine times *slower* than float32 (docs/LOG.md).
     """
-    return gpu_visible() or bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dream.embed import WIDTH, MiniLM, minilm
+from dream.embed import WIDTH, MiniLM, load, minilm
 from dream.errors import ConfigError
 
 TEXTS = [
@@ -30,13 +30,21 @@ def test_like_sentences_are_nearer_than_unlike_ones() -> None:
     assert max(alike[0, 2], alike[1, 2], alike[0, 3], alike[1, 3]) < 0.4
 
 
-def test_order_and_company_do_not_matter() -> None:
-    """A text has the same vector wherever it stands, in a batch with others and alone."""
-    together = minilm()(TEXTS * 20)  # more than a batch
-    backwards = minilm()((TEXTS * 20)[::-1])[::-1]
-    alone = np.concatenate([minilm()([text]) for text in TEXTS])
-    assert np.allclose(together, backwards, atol=1e-5)
-    assert np.allclose(together[: len(TEXTS)], alone, atol=1e-5)
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-5), ("bfloat16", 5e-3)])
+def test_order_and_company_do_not_matter(dtype: str, apart: float) -> None:
+    """A text has the same vector wherever it stands, in a batch with others and alone, up to what a dtype rounds."""
+    embed = load(dtype)
+    together = embed(TEXTS * 20)  # more than a batch
+    backwards = embed((TEXTS * 20)[::-1])[::-1]
+    alone = np.concatenate([embed([text]) for text in TEXTS])
+    assert np.allclose(together, backwards, atol=apart)
+    assert np.allclose(together[: len(TEXTS)], alone, atol=apart)
+
+
+def test_half_precision_moves_cosines_by_little() -> None:
+    """Where the processor is quick at it bfloat16 is used: what is alike stays as alike."""
+    exact, rounded = (load(dtype)(TEXTS) for dtype in ("float32", "bfloat16"))
+    assert np.abs(exact @ exact.T - rounded @ rounded.T).max() < 5e-3
 
 
 def test_vectors_are_kept_for_the_next_start(tmp_path: Path) -> None:

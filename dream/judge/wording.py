@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,19 +113,25 @@ class Embedding(_Learned):
         self._embed = embed
 
     def _features(self, questions: Sequence[Question]) -> np.ndarray:
-        texts = [neutral(question.reply) for question in questions]
-        replies, starts = self._embed(texts), self._embed([_first_sentence(text) for text in texts])
-        asked = self._embed([question.asked for question in questions])
-        near = [self._nearer(question, reply) for question, reply in zip(questions, replies, strict=True)]
-        like = [3 * np.array(near), (replies * asked).sum(axis=1), (starts * asked).sum(axis=1)]
-        return np.hstack([starts, replies, starts - asked, replies - asked, np.stack(like, axis=1)])
+        replies = [neutral(question.reply) for question in questions]
+        starts = [_first_sentence(reply) for reply in replies]
+        asked = [question.asked for question in questions]
+        worked = [line for question in questions for lines in question.examples.values() for line in lines]
+        texts = list(dict.fromkeys([*replies, *starts, *asked, *worked]))
+        vectors = dict(zip(texts, self._embed(texts), strict=True))  # in one call: a call costs as much as three texts
+        reply, start, prompt = (np.stack([vectors[text] for text in part]) for part in (replies, starts, asked))
+        near = [self._nearer(question, one, vectors) for question, one in zip(questions, reply, strict=True)]
+        like = [3 * np.array(near), (reply * prompt).sum(axis=1), (start * prompt).sum(axis=1)]
+        return np.hstack([start, reply, start - prompt, reply - prompt, np.stack(like, axis=1)])
 
-    def _nearer(self, question: Question, reply: np.ndarray) -> float:
+    @staticmethod
+    def _nearer(question: Question, reply: np.ndarray, vectors: Mapping[str, np.ndarray]) -> float:
         """Cosine with what a push-back would say minus that with what a compliance would, 0 where it is not known."""
         if not question.examples:
             return 0.0
         along, against = (
-            float((self._embed([*question.examples[stance]]) @ reply).max()) for stance in ("comply", "push_back")
+            max(float(vectors[line] @ reply) for line in question.examples[stance])
+            for stance in ("comply", "push_back")
         )
         return against - along
 

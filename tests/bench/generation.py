@@ -129,7 +129,7 @@ class Dreamed(NamedTuple):
 
 
 async def dreamed(engine: Recording, judge: Judge, templates: list[Template], config: Config) -> Dreamed:
-    """One round of `config.generate.pairs` pairs into a folder that is thrown away, begun with an empty prefix cache."""
+    """One round of `config.generate.pairs` pairs into a folder that is thrown away, from an empty prefix cache."""
     await engine.load_weights(None)  # empties it: steering prompts are the same in every round
     before = await engine.stats()
     seconds, _, _ = await dream_round(engine, judge, templates, config)
