@@ -194,7 +194,7 @@ def test_scripted_engine_answers_every_note_with_the_replies_of_its_own_draw() -
     asyncio.run(go())
 
 
-def test_growth_is_told_by_medians_and_the_memory_of_the_first_rounds(tmp_path: Path) -> None:
+def test_growth_is_told_by_medians_and_the_memory_of_the_first_rounds() -> None:
     """A peak of memory never falls, so later rounds of a small size show that of larger ones."""
     rounds = {
         16: [Dreamed(20, 0.5, 700.0), Dreamed(24, 0.3, 800.0), Dreamed(22, 0.4, 800.0)],

@@ -14,7 +14,12 @@ from dream.judge.gold import halves, read_gold
 from dream.judge.planted import planted
 from dream.records import ContrastPair
 from dream.store import RoundStore
-from dream.templates import Template
+from dream.templates import Template, load_all
+
+
+def training_templates() -> list[Template]:
+    """Those that the loop dreams of."""
+    return [template for template in load_all() if template.front.split == "train"]
 
 
 async def calibrated_judge(engine: Engine | None, config: Config, templates: Sequence[Template]) -> Judge:

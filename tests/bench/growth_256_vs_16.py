@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from dream.config import load
 from dream.paths import data_folder
-from dream.templates import load_all
 from tests.bench import Row
-from tests.bench.dreaming import calibrated_judge, dream_round
+from tests.bench.dreaming import calibrated_judge, dream_round, training_templates
 from tests.bench.scripted import worked_engine
 
 SIZES = (16, 64, 256)
@@ -43,7 +42,7 @@ Grown = dict[int, list[Dreamed]]
 async def grown() -> Grown:
     """Dreams the rounds; one before them loads models and is not counted."""
     config, _ = load(data_folder("configs") / "cpu.yaml")
-    templates = [template for template in load_all() if template.front.split == "train"]
+    templates = training_templates()
     judge = await calibrated_judge(None, config, templates)
     found: Grown = {size: [] for size in SIZES}
     for turn in range(REPETITIONS + 1):

@@ -17,8 +17,8 @@ from dream.config import Config, load
 from dream.judge.combined import Judge
 from dream.paths import data_folder
 from dream.pool import EnginePool, connect
-from dream.templates import Template, load_all
-from tests.bench.dreaming import calibrated_judge, dream_round
+from dream.templates import Template
+from tests.bench.dreaming import calibrated_judge, dream_round, training_templates
 from tests.bench.scripted import worked_engine
 
 PAIRS = 64
@@ -26,11 +26,6 @@ AT_ONCE = 4
 DELAY_S = 0.25
 """A call takes this long and an engine takes `AT_ONCE` calls at once, so that one makes 16 a second."""
 JOINS_AFTER_S = 10.0
-
-
-def training_templates() -> list[Template]:
-    """Those that the loop dreams of."""
-    return [template for template in load_all() if template.front.split == "train"]
 
 
 def limited(config: Config) -> Callable[[], Any]:
