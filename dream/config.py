@@ -257,8 +257,10 @@ class TrainConfig(Section):
     "Of the warm-up."
     rehearsal: int = Field(0, ge=0)
     "Ordinary requests a step, with its own answers, of which the policy is to think as the initial model does."
+    rehearsal_sums: int = Field(0, ge=0)
+    "Sums of small numbers a step with short right answers, of which it is to think so too: a small model loses them."
     rehearsal_weight: float = Field(5.0, ge=0)
-    "Weight of the KL divergence from what the initial model thinks of them, in nats a token."
+    "Weight of the KL divergence from what the initial model thinks of either, in nats a token, a mean over the texts."
     max_kl: float | None = Field(None, gt=0)
     "Budget of a round: KL to the policy before it on held-out texts, nats a token. Training ends when it is spent."
     max_displacement: float | None = Field(None, gt=0)
@@ -290,6 +292,11 @@ class TrainConfig(Section):
     "Matrix products in bfloat16 (masters stay float32). `auto`: where this machine is fast at it."
 
     @property
+    def rehearsed(self) -> int:
+        """Texts that are rehearsed in a step."""
+        return self.rehearsal + self.rehearsal_sums
+
+    @property
     def mixed_precision(self) -> bool:
         """Whether matrix products run in bfloat16 (`auto` counts only once it is resolved)."""
         return self.bf16 is True
@@ -311,7 +318,7 @@ class EvalConfig(Section):
     steered_scenarios: int = Field(8, ge=0)
     "Held-out scenarios in which either stance is asked for on either side (four replies each)."
     retention_questions: int = Field(40, ge=0)
-    "Questions of each kind: arithmetic, facts, instruction format."
+    "Questions of each kind, or all there are: arithmetic, facts (64), instruction format."
     neutral_texts: int = Field(16, ge=0)
     "Neutral texts whose perplexity is measured."
     lm_eval_tasks: list[str] = []
@@ -385,6 +392,10 @@ class Config(Section):
         if self.train.crossed_weight and self.train.micro_batch_size % 2:
             raise ValueError("train.micro_batch_size must be even, as train.crossed_weight compares rows in twos")
         return self
+
+    def round_seed(self, number: int) -> int:
+        """Of what is random in the round of this number."""
+        return self.seed * 1_000 + number
 
 
 # These change how a run is carried out, not what it yields; a run may be continued with other values.

@@ -34,11 +34,11 @@ from dream.records import (
     Side,
     Verdict,
 )
-from dream.scenarios import draw, mirrored
+from dream.scenarios import draw, draw_seed, mirrored
 from dream.selfplay import on_policy, steered, with_background, written
 from dream.stop import Stop
 from dream.store import RoundStore, drop_reasons, read_log, write_json
-from dream.template import PLAN, Template
+from dream.template import Template
 
 FINISHING = "stopping: no scenario is begun, those under way are finished and stored; a second signal stops at once"
 
@@ -251,8 +251,7 @@ class RoundDreamer:
         )
 
     def _seed(self, number: int) -> int:
-        """A draw that no other round makes, for the n-th scenario of a template: one plan of draws a round."""
-        return (self._config.seed * 1_000 + self._round) * PLAN + number
+        return draw_seed(self._config, self._round, number)
 
     async def _dream(self, template: Template, scenario: Scenario) -> int:
         """One scenario's way from draw to pair; how many pairs it gave."""

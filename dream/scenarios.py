@@ -4,7 +4,9 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from dream.config import Config
 from dream.records import SIDES, EvalPair, Scenario, Side, SideText, Stance
+from dream.template import PLAN
 from dream.templates import Template
 
 STANCES: tuple[Stance, Stance] = ("comply", "push_back")
@@ -31,6 +33,11 @@ def draw(template: Template, seed: int, scenario_id: str, covered: bool = False)
         clear=sides["clear"],
         flawed=sides.get("flawed"),
     )
+
+
+def draw_seed(config: Config, round_number: int, number: int) -> int:
+    """A draw that no other round makes, for the n-th scenario of a template: one plan of draws a round."""
+    return config.round_seed(round_number) * PLAN + number
 
 
 def mirrored(template: Template, scenario: Scenario) -> Scenario | None:

@@ -57,11 +57,12 @@ def worked_examples(template: Template, stance: Stance, wording: int, count: int
     return found
 
 
-def details(scenario: Scenario, side: Side) -> str:
-    """The slot values that the prompt speaks of, for a note that stands without the prompt."""
+def note(scenario: Scenario, side: Side, stance: Stance) -> str:
+    """What asks for a stance where the prompt is not shown, with the slot values that the prompt speaks of."""
     prompt = scenario.prompt(side)[0]["content"]
     values = dict.fromkeys(str(value) for value in scenario.slots.values())
-    return ", ".join(value for value in values if mentioned(value, prompt))
+    details = ", ".join(value for value in values if mentioned(value, prompt))
+    return prompts.render("steering/note", aim=scenario.side(side).aims[stance], details=details)
 
 
 async def on_policy(engine: Engine, scenario: Scenario, side: Side, config: GenerateConfig, policy: str) -> list[Reply]:
@@ -89,10 +90,9 @@ async def steered(
 
     def turn(one: Scenario, side: Side) -> tuple[str, str]:
         """The prompt and the note that ask for the stance."""
-        aim = one.side(side).aims[stance]
         if config.steering == "prompt":
-            return one.prompt(side)[0]["content"], aim
-        return "", prompts.render("steering/note", aim=aim, details=details(one, side))
+            return one.prompt(side)[0]["content"], one.side(side).aims[stance]
+        return "", note(one, side, stance)
 
     examples = [(*turn(other, its_side), reply) for other, its_side, reply in shown]
     messages = steering(stance, *turn(scenario, side), examples)

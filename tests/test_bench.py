@@ -15,12 +15,10 @@ from toy import toy_rows
 from dream.config import TrainConfig, load
 from dream.engine import Sampling
 from dream.errors import TrainingError
-from dream.prompts import render
 from dream.records import user
-from dream.scenarios import draw
-from dream.selfplay import details
+from dream.scenarios import STANCES, draw, draw_seed
+from dream.selfplay import note
 from dream.store import write_json
-from dream.template import PLAN
 from dream.templates import load_all
 from tests.bench import Row, bench, effect, paired_rates, trial
 from tests.bench import growth_256_vs_16 as growth
@@ -182,14 +180,12 @@ def test_scripted_engine_answers_every_note_with_the_replies_of_its_own_draw() -
     async def go() -> None:
         for template in templates:
             for number in range(DRAWS):
-                seed = (config.seed * 1_000 + 1) * PLAN + number
-                scenario = draw(template, seed, "s", covered=config.generate.coverage)
+                scenario = draw(template, draw_seed(config, 1, number), "s", covered=config.generate.coverage)
                 for side in scenario.sides:
-                    text, values = scenario.side(side), details(scenario, side)
-                    for stance, aim in text.aims.items():
-                        note = user(f"({render('steering/note', aim=aim, details=values)})")
-                        [one] = await engine.generate([note], Sampling(1, 100))
-                        assert one.text in text.examples[stance]
+                    for stance in STANCES:
+                        asked = user(f"({note(scenario, side, stance)})")
+                        [one] = await engine.generate([asked], Sampling(1, 100))
+                        assert one.text in scenario.side(side).examples[stance]
 
     asyncio.run(go())
 

@@ -54,9 +54,16 @@ def test_lists_and_words_are_counted() -> None:
 
 @given(st.integers(0, 60), st.integers(0, 1000))
 def test_instructions_are_fixed(count: int, seed: int) -> None:
-    """The same seed asks the same, and fewer are the beginning of more."""
+    """The same seed asks the same, fewer are the beginning of more, and none is asked twice."""
     asked = [instruction.text for instruction in instructions(count, seed)]
     assert asked == [instruction.text for instruction in instructions(count + 5, seed)][:count]
+    assert len(set(asked)) == count
+
+
+def test_no_instruction_is_given_twice() -> None:
+    """Also where more are wanted than there are."""
+    asked = [instruction.text for instruction in instructions(500, 1)]
+    assert 300 < len(asked) == len(set(asked)) < 400
 
 
 @given(st.text(), st.integers(0, len(KINDS) - 1))

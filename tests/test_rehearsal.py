@@ -6,27 +6,38 @@ import re
 import pytest
 
 from dream import prompts
+from dream.config import TrainConfig
 from dream.engine import ScriptedEngine
 from dream.inputs import read_user_rows
 from dream.paths import data_folder
 from train.instructions import instructions
-from train.rehearsal import rehearse, requests
+from train.rehearsal import rehearse, requests, sums
 from train.retention import Fact, Neutral, questions
 
 
-def test_requests_are_seeded_and_half_of_them_sums() -> None:
-    """The same seed gives the same ones, more than there are lines go round, and every second one asks for a sum."""
+def test_requests_are_seeded() -> None:
+    """The same seed gives the same ones, and more than there are lines go round."""
     asked = requests(160, 3)
     assert asked == requests(160, 3) != requests(160, 4)
     assert len(asked) == 160
-    assert all(any(sign in one for sign in "+-") for one in asked[1::2])
-    assert set(asked[::2]) == set(prompts.lines("rehearsal/questions"))
+    assert set(asked) == set(prompts.lines("rehearsal/questions"))
+
+
+def test_sums_are_right() -> None:
+    """The same seed gives the same ones, and an answer is the task and its result, which is not negative."""
+    texts = sums(300, 3)
+    assert texts == sums(300, 3) != sums(300, 4)
+    for text in texts:
+        a, sign, b, result = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", text.reply).groups()
+        assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+        assert f"{a} {sign} {b}" in text.messages[0]["content"]
+    assert len({text.reply.split()[1] for text in texts}) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_that_is_measured_is_rehearsed(seed: int) -> None:
     """No question of the retention suite, else it would measure what was just trained."""
-    rehearsed = set(requests(400, seed))
+    rehearsed = set(requests(200, seed)) | {text.messages[0]["content"] for text in sums(400, seed)}
     facts = read_user_rows(data_folder("prompts") / "retention" / "facts.jsonl", Fact)
     measured = {fact.question for fact in facts} | {question for question, _ in questions(200, seed)}
     assert not rehearsed & (measured | {one.text for one in instructions(100, seed)})
@@ -43,7 +54,17 @@ def test_no_plain_text_that_is_measured_is_written_about() -> None:
 def test_answers_are_the_policys_own() -> None:
     """What the engine says, whether it came to its end, and nothing where it says nothing."""
     engine = ScriptedEngine(lambda messages, number: "" if "snow" in messages[-1]["content"] else "I say so.")
-    texts = asyncio.run(rehearse(engine, 160, 1))
-    assert len(texts) == 159
+    texts = asyncio.run(rehearse(engine, TrainConfig(rehearsal=8), 10, 1))
+    assert len(texts) == 79
     assert {text.reply for text in texts} == {"I say so."}
     assert all(text.finished for text in texts)
+
+
+def test_every_step_has_some_of_both() -> None:
+    """Eight requests and twenty-four sums for each of ten steps, mixed so that no step is without either."""
+    engine = ScriptedEngine(lambda messages, number: "I say so.")
+    train = TrainConfig(rehearsal=8, rehearsal_sums=24)
+    texts = asyncio.run(rehearse(engine, train, 10, 1))
+    assert len(texts) == train.rehearsed * 10 == 320
+    for start in range(0, 320, train.rehearsed):
+        assert 1 < sum(text.reply == "I say so." for text in texts[start : start + train.rehearsed]) < 20

@@ -24,7 +24,7 @@ class Probe(Record):
 
 
 class Rehearsed(Record):
-    """An ordinary request with the policy's own answer, and whether the answer came to its end."""
+    """A request with an answer, the policy's own or a right one, and whether the answer came to its end."""
 
     messages: list[Message]
     reply: str
@@ -66,7 +66,7 @@ class StepSpec(Record):
     heldout: list[Probe] = []
     """Texts that are not trained on, on which KL is measured."""
     rehearsed: list[Rehearsed] = []
-    """Texts of which the policy is to think as the initial model, `train.rehearsal` of them in each step."""
+    """Texts of which the policy is to think as the initial model, `train.rehearsed` of them in each step."""
     sft: bool = False
     """Whether a warm-up goes before."""
     ray_address: str | None = None

@@ -146,7 +146,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
 
     def _rehearsal(self, texts: Sequence[Remembered]) -> Iterator[Sequence[Remembered]]:
         """What each micro batch of this worker rehearses, without end; the workers share the texts as they do rows."""
-        each = ceil(self._train.rehearsal / self._micro_batches)
+        each = ceil(self._train.rehearsed / self._micro_batches)
         batches = [texts[start : start + each] for start in range(0, len(texts), each)]
         workers = self.accelerator.num_processes
         return cycle(batches[self.accelerator.process_index :: workers] or batches)
@@ -159,7 +159,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
     def _rehearsal_loss(
         self, model: torch.nn.Module, head: torch.nn.Module, texts: Sequence[Remembered]
     ) -> torch.Tensor:
-        """A micro batch's part of what a step's `train.rehearsal` texts say was forgotten."""
+        """A micro batch's part of what a step's rehearsed texts say was forgotten."""
         with autocast(model, self._train.mixed_precision):
             return forgotten(model, head, texts) / self._micro_batches
 

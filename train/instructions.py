@@ -28,6 +28,9 @@ WITH_OPPOSITE = ("hot", "up", "big", "day", "open", "wet", "fast", "young")
 YES_OR_NO = ("Is fire hot?", "Can a stone swim?", "Is snow white?", "Do fish live in water?", "Is the sun cold?",
              "Can a bird fly?", "Is a mouse bigger than a horse?")  # fmt: skip
 
+TRIES = 20
+"""Draws for each question wanted: one that is asked twice would count twice, which tests of chance do not know."""
+
 
 class Instruction(NamedTuple):
     """What is asked, and whether an answer kept to the form."""
@@ -37,9 +40,18 @@ class Instruction(NamedTuple):
 
 
 def instructions(count: int, seed: int) -> list[Instruction]:
-    """`count` instructions, the kinds in turn; the same seed gives the same, and more begin with the same ones."""
+    """`count` different instructions, the kinds in turn until they have no new ones; or all there are (some 360).
+
+    The same seed gives the same, and more begin with the same ones.
+    """
     rng = random.Random(f"format/{seed}")
-    return [KINDS[number % len(KINDS)](rng) for number in range(count)]
+    made: dict[str, Instruction] = {}
+    for number in range(TRIES * count):
+        if len(made) == count:
+            break
+        one = KINDS[number % len(KINDS)](rng)
+        made.setdefault(one.text, one)
+    return list(made.values())
 
 
 def stripped(answer: str) -> str:

@@ -19,7 +19,7 @@ from dream.engine import Engine, Sampling, mean
 from dream.inputs import read_user_rows
 from dream.paths import data_folder
 from dream.records import Record, user
-from train.instructions import instructions
+from train.instructions import TRIES, instructions
 from train.lm_tasks import TaskScore
 
 Text = Annotated[str, Field(min_length=1)]
@@ -74,16 +74,19 @@ async def retention(engine: Engine, sizes: EvalConfig, seed: int) -> Retention:
 
 
 def questions(count: int, seed: int) -> list[tuple[str, int]]:
-    """`count` sums and differences of small numbers, as (question, answer), of growing size."""
+    """`count` different sums and differences of small numbers, as (question, answer), of three sizes in turn; or as
+    many as there are (some 2,500)."""
     rng = random.Random(f"arithmetic/{seed}")
-    made = []
-    for number in range(count):
+    made: dict[str, int] = {}
+    for number in range(TRIES * count):
+        if len(made) == count:
+            break
         high = (9, 20, 50)[number % 3]
         a, b = rng.randint(1, high), rng.randint(1, high)
         a, b = max(a, b), min(a, b)
         sign = rng.choice("+-")
-        made.append((prompts.render("retention/arithmetic", a=a, b=b, sign=sign), a + b if sign == "+" else a - b))
-    return made
+        made[prompts.render("retention/arithmetic", a=a, b=b, sign=sign)] = a + b if sign == "+" else a - b
+    return list(made.items())
 
 
 def stated(text: str) -> int | None:

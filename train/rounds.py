@@ -187,10 +187,10 @@ async def train_candidate(
         rows = round_rows(
             pairs + undecided_pairs(loop.run), general, promoted_pairs(loop.run),
             batch_size=config.batch_size, general_share=loop.config.generate.general_share,
-            replay_share=config.replay_share, seed=loop.config.seed * 1000 + number, sides=config.sides,
+            replay_share=config.replay_share, seed=loop.config.round_seed(number), sides=config.sides,
         )  # fmt: skip
         steps = ceil(len(rows) / config.batch_size)
-        rehearsed = await rehearse(loop.engine, config.rehearsal * steps, loop.config.seed * 1000 + number)
+        rehearsed = await rehearse(loop.engine, config, steps, loop.config.round_seed(number))
         (folder / "rows.jsonl").unlink(missing_ok=True)
         log = Log(folder / "rows.jsonl")
         log.append(*rows)
@@ -203,7 +203,7 @@ async def train_candidate(
             out=str(out),
             train=config,
             flip_probability=flip_probability(loop),
-            seed=(loop.config.seed * 1000 + number) % 2**32,  # as large as numpy takes
+            seed=loop.config.round_seed(number) % 2**32,  # as large as numpy takes
             served_dtype=loop.config.engine.dtype,
             trust_remote_code=loop.config.engine.trust_remote_code,
             probes=probes(loop.templates),

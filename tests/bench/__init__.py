@@ -3,10 +3,14 @@
 Each module that `bench.ROWS` names has one function `measure() -> list[Row]` and gives the rows listed there.
 """
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 
 from dream.records import Record
+
+MIB = 2**20
 
 
 class Row(Record):
@@ -34,3 +38,20 @@ def paired_rates(name: str, ours: Sequence[float], other: Sequence[float], *, ta
     """
     ratios = [one / another for one, another in zip(ours, other, strict=True)]
     return Row(name=name, ours=median(ours), other=median(other), ratio=median(ratios), target=target, unit=unit)
+
+
+def resident_peak() -> int:
+    """The largest resident size of this process so far, in bytes; not ru_maxrss, which begins with the parent's."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def svg(title: str, width: int, height: int, body: str) -> str:
+    """A drawing of that many pixels under its title; of the elements in `body`, small text has class small."""
+    size = f'width="{width}" height="{height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="14">'
+        f'<style>.small{{font-size:11px;fill:#555}}</style><rect {size} fill="#fff"/>'
+        f'<text x="12" y="22">{title}</text>{body}</svg>\n'
+    )

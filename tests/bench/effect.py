@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dream.engine import mean
+from tests.bench import svg
 from train.evals import Evaluation, RoundEvaluation
 from train.gate import Items, change
 from train.history import RoundResult, finished_rounds, read_policy, stored_evaluation
@@ -106,13 +107,7 @@ def plot(runs: Sequence[Shown]) -> str:
         f'<text x="{LEFT + WIDTH * k / 4 - 8:.0f}" y="{y + 20}" class="small">{k / 4:.2f}</text>'
         for k in range(5)
     )
-    size = f'width="760" height="{y + 32}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="14">'
-        f'<style>.small{{font-size:11px;fill:#555}}</style><rect {size} fill="#fff"/>'
-        f'<text x="12" y="22">Own pairs decided rightly, before (ring) and after (dot)</text>{ticks}'
-        f"{''.join(body)}</svg>\n"
-    )
+    return svg("Own pairs decided rightly, before (ring) and after (dot)", 760, y + 32, ticks + "".join(body))
 
 
 def parts(one: RoundEvaluation) -> list[Evaluation]:

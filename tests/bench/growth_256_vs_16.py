@@ -7,7 +7,6 @@ be compared, scenarios that come to nothing, logs, the audit and the driver's me
 
 import asyncio
 import math
-import resource
 import sys
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from dream.config import load
 from dream.paths import data_folder
-from tests.bench import Row
+from tests.bench import MIB, Row, resident_peak, svg
 from tests.bench.dreaming import calibrated_judge, dream_round, training_templates
 from tests.bench.scripted import worked_engine
 
@@ -23,8 +22,6 @@ SIZES = (16, 64, 256)
 REPETITIONS = 3
 DELAY_S = 0.2
 """What a call takes, so that scenarios wait for an engine as they do in earnest."""
-MIB = 1024
-"""In the unit that the system counts in."""
 
 
 class Dreamed(NamedTuple):
@@ -51,7 +48,7 @@ async def grown() -> Grown:
             sized = config.model_copy(update={"generate": generate, "seed": config.seed + turn})
             engine = worked_engine(templates, sized, 20 + size // 3, DELAY_S)
             seconds, dreamer, pairs = await dream_round(engine, judge, templates, sized)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+            memory = resident_peak() / MIB
             one = Dreamed(dreamer.summary()["scenarios"], seconds / len(pairs), memory)
             print(f"{len(pairs)} pairs: {one}", file=sys.stderr)
             if turn:
@@ -105,12 +102,8 @@ def plot(found: Grown) -> str:
             body.append(f'<circle cx="{x}" cy="{y}" r="4" fill="#fff" stroke="#2f6fa7" stroke-width="2"/>')
         label = f"{size} pairs, {rounds[0].memory:.0f} MiB"
         body.append(f'<text x="{x}" y="{top + height + 18}" class="small">{label}</text>')
-    size = f'width="{left + width + 110}" height="{top + height + 36}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="14">'
-        f'<style>.small{{font-size:11px;fill:#555}}</style><rect {size} fill="#fff"/>'
-        f'<text x="12" y="22">Seconds per accepted pair, and the driver\'s peak memory</text>{"".join(body)}</svg>\n'
-    )
+    title = "Seconds per accepted pair, and the driver's peak memory"
+    return svg(title, left + width + 110, top + height + 36, "".join(body))
 
 
 def main(arguments: list[str]) -> int:

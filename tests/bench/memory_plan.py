@@ -7,7 +7,6 @@ when all are within `TOLERANCE`, else 1.
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from dream.paths import data_folder
 from dream.records import Record
 from dream.store import Log, write_json
 from dream.templates import load_all
+from tests.bench import resident_peak
 from tests.bench.dpo_vs_trl import preference_pairs
 from train.data import StepSpec
 
@@ -37,13 +37,6 @@ class Measured(Record):
     peak: int
     width: int
     replies: int
-
-
-def resident_peak() -> int:
-    """The largest resident size of this process so far, in bytes; not ru_maxrss, which begins with the parent's."""
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def child(path: Path) -> Measured:

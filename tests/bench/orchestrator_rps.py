@@ -4,7 +4,6 @@ A GPU engine answers some tens of requests a second, so 2,000 feed a hundred of 
 """
 
 import asyncio
-import resource
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from dream.engine import Sampling, ScriptedEngine
 from dream.pool import EnginePool, connect
 from dream.records import Reply, user
 from dream.store import RoundStore
-from tests.bench import Row
+from tests.bench import MIB, Row, resident_peak
 
 REQUESTS = 100_000
 IN_FLIGHT = 512
@@ -55,7 +54,7 @@ async def requests_per_second(count: int) -> float:
                         for one in completions
                     ))  # fmt: skip
                     if number % (count // 5) == 0:
-                        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                        memory = resident_peak() / MIB
                         print(f"{number} requests, peak memory of the driver {memory:.0f} MiB", file=sys.stderr)
 
             began = time.perf_counter()

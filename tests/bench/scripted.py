@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 from dream.config import Config
 from dream.engine import ScriptedEngine
-from dream.prompts import render
 from dream.records import Message
-from dream.scenarios import STANCES, draw
-from dream.selfplay import details
-from dream.template import PLAN
+from dream.scenarios import STANCES, draw, draw_seed
+from dream.selfplay import note
 from dream.templates import Template
 
 BACKGROUND = "I help my sister with our small stall and we are late today."
@@ -21,16 +19,15 @@ def worked_engine(templates: Sequence[Template], config: Config, draws: int, del
     plain: dict[str, str] = {}
     for template in templates:
         for number in range(draws + 1):
-            seed = (config.seed * 1_000 + 1) * PLAN + number
+            seed = draw_seed(config, 1, number)
             scenario = draw(template, seed, "bench", covered=config.generate.coverage)
             for side in scenario.sides:
                 text = scenario.side(side)
                 plain[scenario.prompt(side)[0]["content"]] = text.examples["comply"][
                     seed % len(text.examples["comply"])
                 ]
-                values = details(scenario, side)
                 for stance in STANCES:
-                    noted[render("steering/note", aim=text.aims[stance], details=values)] = text.examples[stance]
+                    noted[note(scenario, side, stance)] = text.examples[stance]
 
     def write(messages: Sequence[Message], number: int) -> str:
         text = messages[-1]["content"]
