@@ -1,6 +1,7 @@
 """Training on two workers gives what one gives. Ray and two processes with torch: most of a minute a test."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_two_workers_with_a_part_of_the_weights_each_train_as_one_does(tmp_path:
     assert saved.keys() == others.keys()
     for name, value in saved.items():
         torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.kill
+def test_workers_without_room_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train would look for room for ever; the message names what is wanted, what is free and what to change."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    build_toy(tmp_path / "model")
+    many = 2 * (os.cpu_count() or 1)
+    with pytest.raises(TrainingError, match=rf"{many} workers need a CPU each.*lower train.workers"):
+        train_toy(tmp_path / "model", tmp_path / "out", workers=many, batch_size=many * 2, micro_batch_size=2)
 
 
 class Failed(Exception):

@@ -12,7 +12,7 @@ from threading import Thread
 
 import ray
 import ray.train
-from ray.train import RunConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
@@ -20,6 +20,9 @@ from dream.errors import DreamError, TrainingError
 from dream.pool import connect
 from train.data import StepSpec
 from train.dpo import Report
+
+TRIES = 5
+"""How often Ray Train looks for room for the workers, a minute each: a cluster that grows needs some."""
 
 
 def run_on_workers(run: Callable[[StepSpec, Report], None], spec: StepSpec, report: Report) -> None:
@@ -41,12 +44,22 @@ def run_on_workers(run: Callable[[StepSpec, Report], None], spec: StepSpec, repo
             work,
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=spec.train.workers, use_gpu=on_gpu),
-            run_config=RunConfig(name="step", storage_path=scratch),
+            run_config=RunConfig(
+                name="step", storage_path=scratch, failure_config=FailureConfig(controller_failure_limit=TRIES - 1)
+            ),
         )
         listener = Thread(target=_listen, args=(lines, report))
         listener.start()
         try:
             trainer.fit()
+        except ControllerError as error:  # before any worker began
+            kind = "GPU" if on_gpu else "CPU"
+            free = ray.available_resources().get(kind, 0)
+            raise TrainingError(
+                f"training on several workers did not begin: {spec.train.workers} workers need a {kind} each, of "
+                f"{ray.cluster_resources()[kind]:g} in the cluster {free:g} are free (engines keep theirs); lower "
+                f"train.workers or engine.replicas, or add nodes ({_line(error)})"
+            ) from error
         except Exception as error:  # Ray Train wraps what a worker raised in several ways
             raise cause_of(error) from error
         finally:
@@ -67,4 +80,9 @@ def cause_of(error: Exception) -> DreamError:
             if isinstance(failure, DreamError):
                 return failure
             failure = getattr(failure, "cause", None) or failure.__cause__
-    return TrainingError(f"training on several workers failed: {' '.join(str(error).split())[:500]}")
+    return TrainingError(f"training on several workers failed: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    """Its words, as many as a line takes."""
+    return " ".join(str(error).split())[:500]
