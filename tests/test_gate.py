@@ -483,6 +483,17 @@ def test_what_is_forgotten_little_by_little_is_seen() -> None:
     assert "since the model as it came, forgetting" in decision.reason
 
 
+def test_a_stance_that_is_lost_little_by_little_is_seen() -> None:
+    """Four replies fewer that comply on clear direction than the policy before are chance; ten fewer than the model as
+    it came are not, of however many checks."""
+    initial, before, after = measured(clear=0.95), measured(rise=0.3, clear=0.875), measured(rise=0.6, clear=0.825)
+    assert decide(before, after, CONFIG).decision == "promote"
+    decision = decide(before, after, CONFIG, initial)
+    assert failed(decision) == ["clear_right_since_model"]
+    assert "since the model as it came, contrarian drift" in decision.reason
+    assert decide(before, after, CONFIG, measured(clear=0.9)).decision == "promote"
+
+
 @pytest.mark.parametrize(("after", "decision"), [(0.75, "promote"), (0.6, "roll_back")])
 def test_what_chance_gave_a_policy_is_no_debt(after: float, decision: str) -> None:
     """Six right answers fewer than the policy before, and as many as the model as it came, are let pass; twelve fewer,
