@@ -4,9 +4,10 @@ import json
 import random
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 Check = Callable[[str], bool]
+T = TypeVar("T")
 
 WORDS = (
     "river",
@@ -45,13 +46,23 @@ def instructions(count: int, seed: int) -> list[Instruction]:
     The same seed gives the same, and more begin with the same ones.
     """
     rng = random.Random(f"format/{seed}")
-    made: dict[str, Instruction] = {}
+
+    def drawn(number: int) -> tuple[str, Instruction]:
+        one = KINDS[number % len(KINDS)](rng)
+        return one.text, one
+
+    return list(different(drawn, count).values())
+
+
+def different(drawn: Callable[[int], tuple[str, T]], count: int) -> dict[str, T]:
+    """What the first `count` different texts stand for, of draws numbered from 0; or of all that many draws bring."""
+    made: dict[str, T] = {}
     for number in range(TRIES * count):
         if len(made) == count:
             break
-        one = KINDS[number % len(KINDS)](rng)
-        made.setdefault(one.text, one)
-    return list(made.values())
+        text, value = drawn(number)
+        made.setdefault(text, value)
+    return made
 
 
 def stripped(answer: str) -> str:

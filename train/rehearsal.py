@@ -13,11 +13,10 @@ from dream.config import TrainConfig
 from dream.engine import Engine, Sampling
 from dream.records import user
 from train.data import Rehearsed
+from train.retention import LARGEST, drawn_sum
 
 MAX_TOKENS = 64
 """Of an answer; a longer one has no end."""
-LARGEST = (9, 20, 50)
-"""Numbers of sums go up to one of these: what a small model can lose are mostly the sums of one digit."""
 
 
 async def rehearse(engine: Engine, train: TrainConfig, steps: int, seed: int) -> list[Rehearsed]:
@@ -50,11 +49,8 @@ def sums(count: int, seed: int) -> list[Rehearsed]:
     rng = random.Random(f"rehearsal/sums/{seed}")
 
     def made() -> Rehearsed:
-        high = rng.choice(LARGEST)
-        a, b = sorted((rng.randint(1, high), rng.randint(1, high)), reverse=True)
-        sign = rng.choice("+-")
+        a, b, sign, result = drawn_sum(rng, rng.choice(LARGEST))
         request = rng.choice(prompts.lines("rehearsal/sums", a=a, b=b, sign=sign))
-        result = a + b if sign == "+" else a - b
         return Rehearsed(messages=[user(request)], reply=f"{a} {sign} {b} = {result}", finished=True)
 
     return [made() for _ in range(count)]

@@ -9,7 +9,7 @@ import asyncio
 import math
 import random
 import re
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -19,11 +19,13 @@ from dream.engine import Engine, Sampling, mean
 from dream.inputs import read_user_rows
 from dream.paths import data_folder
 from dream.records import Record, user
-from train.instructions import TRIES, instructions
+from train.instructions import different, instructions
 from train.lm_tasks import TaskScore
 
 Text = Annotated[str, Field(min_length=1)]
 """Not empty: nothing has no log-probability, and would be likelier than any answer."""
+LARGEST = (9, 20, 50)
+"""Numbers of sums go up to one of these: what a small model can lose are mostly the sums of one digit."""
 
 
 class Retention(Record):
@@ -40,6 +42,15 @@ class Retention(Record):
     def perplexity(self) -> float:
         """Of the neutral texts: exp of their mean, each text counting alike."""
         return math.exp(mean(self.neutral))
+
+
+class Sum(NamedTuple):
+    """`a sign b = result`."""
+
+    a: int
+    b: int
+    sign: str
+    result: int
 
 
 class Fact(Record):
@@ -77,16 +88,19 @@ def questions(count: int, seed: int) -> list[tuple[str, int]]:
     """`count` different sums and differences of small numbers, as (question, answer), of three sizes in turn; or as
     many as there are (some 2,500)."""
     rng = random.Random(f"arithmetic/{seed}")
-    made: dict[str, int] = {}
-    for number in range(TRIES * count):
-        if len(made) == count:
-            break
-        high = (9, 20, 50)[number % 3]
-        a, b = rng.randint(1, high), rng.randint(1, high)
-        a, b = max(a, b), min(a, b)
-        sign = rng.choice("+-")
-        made[prompts.render("retention/arithmetic", a=a, b=b, sign=sign)] = a + b if sign == "+" else a - b
-    return list(made.items())
+
+    def drawn(number: int) -> tuple[str, int]:
+        one = drawn_sum(rng, LARGEST[number % len(LARGEST)])
+        return prompts.render("retention/arithmetic", a=one.a, b=one.b, sign=one.sign), one.result
+
+    return list(different(drawn, count).items())
+
+
+def drawn_sum(rng: random.Random, largest: int) -> Sum:
+    """Of two numbers from 1 to `largest`; a difference is not negative."""
+    a, b = sorted((rng.randint(1, largest), rng.randint(1, largest)), reverse=True)
+    sign = rng.choice("+-")
+    return Sum(a, b, sign, a + b if sign == "+" else a - b)
 
 
 def stated(text: str) -> int | None:

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     config, _ = load(options.config, options.overrides)
     source = resolve(config.model)
-    train = config.train.model_copy(update={"rehearsal": 0, "rehearsal_sums": 0})
+    train = config.train
     templates = [one for one in load_all() if not one.general]
     names = config.generate.templates
     trained = [one for one in templates if one.front.split == "train" and (not names or one.name in names)]
