@@ -257,10 +257,15 @@ class TrainConfig(Section):
     "Of the warm-up."
     rehearsal: int = Field(0, ge=0)
     "Ordinary requests a step, with its own answers, of which the policy is to think as the initial model does."
-    rehearsal_sums: int = Field(0, ge=0)
-    "Sums of small numbers a step with short right answers, of which it is to think so too: a small model loses them."
     rehearsal_weight: float = Field(5.0, ge=0)
-    "Weight of the KL divergence from what the initial model thinks of either, in nats a token, a mean over the texts."
+    "Weight of the KL divergence from what the initial model thinks of them, in nats a token, a mean over the texts."
+    repair_steps: int = Field(0, ge=0)
+    """Steps of rehearsal alone, `batch_size` texts each, after those on pairs: they give back what the pairs took and
+    hardly touch what they taught (docs/LOG.md)."""
+    repair_sums: float = Field(0.75, ge=0, le=1)
+    "Share of these texts that are sums of small numbers with short right answers, what a small model loses first."
+    repair_learning_rate: float = Field(5e-5, gt=0)
+    "Of these steps."
     max_kl: float | None = Field(None, gt=0)
     "Budget of a round: KL to the policy before it on held-out texts, nats a token. Training ends when it is spent."
     max_displacement: float | None = Field(None, gt=0)
@@ -290,11 +295,6 @@ class TrainConfig(Section):
     "Rows of one side only, to see the drift that pairs prevent; `flawed` leaves general rows out as well."
     bf16: bool | Literal["auto"] = "auto"
     "Matrix products in bfloat16 (masters stay float32). `auto`: where this machine is fast at it."
-
-    @property
-    def rehearsed(self) -> int:
-        """Texts that are rehearsed in a step."""
-        return self.rehearsal + self.rehearsal_sums
 
     @property
     def mixed_precision(self) -> bool:

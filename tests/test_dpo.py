@@ -229,6 +229,33 @@ def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_pat
     assert lost[1] < lost[0] / 2
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_repair_gives_back_what_the_pairs_took(toy_model: Path, tmp_path: Path, method: str) -> None:
+    """After the same steps on pairs, steps of rehearsal alone bring a text back, and are in the ledger: the KL of each
+    step and the drift after the last."""
+    text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
+    tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
+    initial = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    remembered = remember(initial, [encode_rehearsed(tokenizer, text)], bf16=False, batch=1)
+    lost, ledgers = [], []
+    for steps in (0, 5):
+        out = tmp_path / f"steps_{steps}"
+        settings = {"repair_steps": steps, "repair_learning_rate": 1e-2, "method": method, "budget_steps": 1}
+        reports = train_toy(toy_model, out, repaired=[text] * 4 * steps, **settings)
+        assert len(reports) == 4  # those on pairs
+        model = load_model(str(out / "weights"), torch.float32, trust_remote_code=False)
+        lost.append(forgotten(model, model.get_output_embeddings(), remembered).item())
+        ledgers.append(json.loads((out / "ledger.json").read_text()))
+    without, repaired = ledgers
+    assert 0 < lost[1] < lost[0] / 2
+    assert without["repair_kl"] is None
+    assert len(repaired["repair_kl"]) == 5
+    assert repaired["repair_kl"][0] == pytest.approx(lost[0], rel=0.01)  # a mean over the step's texts
+    assert repaired["repair_kl"][-1] < repaired["repair_kl"][0]
+    assert [drift["step"] for drift in repaired["drift"]] == [1, 2, 3, 4, 9]
+    assert repaired["drift"][:4] == without["drift"]
+
+
 def test_texts_are_remembered_together_as_one_by_one(toy_model: Path) -> None:
     """Whatever their lengths, in their order."""
     model = load_model(str(toy_model), torch.float32, trust_remote_code=False)

@@ -54,17 +54,26 @@ def test_no_plain_text_that_is_measured_is_written_about() -> None:
 def test_answers_are_the_policys_own() -> None:
     """What the engine says, whether it came to its end, and nothing where it says nothing."""
     engine = ScriptedEngine(lambda messages, number: "" if "snow" in messages[-1]["content"] else "I say so.")
-    texts = asyncio.run(rehearse(engine, TrainConfig(rehearsal=8), 10, 1))
+    texts, _ = asyncio.run(rehearse(engine, TrainConfig(rehearsal=8), 10, 1))
     assert len(texts) == 79
     assert {text.reply for text in texts} == {"I say so."}
     assert all(text.finished for text in texts)
 
 
-def test_every_step_has_some_of_both() -> None:
-    """Eight requests and twenty-four sums for each of ten steps, mixed so that no step is without either."""
+def test_a_repair_has_some_of_both() -> None:
+    """Sixteen texts for each of ten steps, three in four of them sums, mixed so that no step is without either."""
     engine = ScriptedEngine(lambda messages, number: "I say so.")
-    train = TrainConfig(rehearsal=8, rehearsal_sums=24)
-    texts = asyncio.run(rehearse(engine, train, 10, 1))
-    assert len(texts) == train.rehearsed * 10 == 320
-    for start in range(0, 320, train.rehearsed):
-        assert 1 < sum(text.reply == "I say so." for text in texts[start : start + train.rehearsed]) < 20
+    during, after = asyncio.run(rehearse(engine, TrainConfig(rehearsal=2, repair_steps=10), 5, 1))
+    assert len(during) == 10
+    assert {text.reply for text in during} == {"I say so."}
+    assert len(after) == 160
+    assert sum(text.reply == "I say so." for text in after) == 40
+    for start in range(0, 160, 16):
+        assert 0 < sum(text.reply == "I say so." for text in after[start : start + 16]) < 16
+
+
+def test_nothing_is_repaired_unless_asked_for() -> None:
+    """By default there is neither rehearsal nor repair, and the engine is asked nothing."""
+    engine = ScriptedEngine(lambda messages, number: "I say so.")
+    assert asyncio.run(rehearse(engine, TrainConfig(), 5, 1)) == ([], [])
+    assert TrainConfig().repair_steps == 0

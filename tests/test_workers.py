@@ -36,10 +36,11 @@ def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
 @pytest.mark.kill
 def test_two_workers_with_a_part_of_the_weights_each_train_as_one_does(tmp_path: Path) -> None:
     """With `fsdp` too: the same losses, gradients' norms, ledger and weights, of a model whose embeddings are tied,
-    through a warm-up, with what is rehearsed, gradients that are clipped, and drift that is measured at each step."""
+    through a warm-up, with what is rehearsed and repaired, gradients that are clipped, and drift at each step."""
     build_toy(tmp_path / "model", tied=True)
     settings = {"method": "full", "learning_rate": 1e-3, "batch_size": 8, "sft": True, "sft_learning_rate": 1e-4,
                 "rehearsed": [Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)], "rehearsal": 2,
+                "repaired": [Rehearsed(messages=[user("s r q")], reply="a b", finished=True)] * 8, "repair_steps": 1,
                 "max_grad_norm": 0.1, "budget_steps": 1}  # fmt: skip
     alone = train_toy(tmp_path / "model", tmp_path / "alone", **settings)
     parts = train_toy(tmp_path / "model", tmp_path / "parts", workers=2, fsdp=True, **settings)

@@ -52,6 +52,7 @@ def train_toy(
     sft: bool = False,
     served_dtype: str = "float32",
     rehearsed: Sequence[Rehearsed] = (),
+    repaired: Sequence[Rehearsed] = (),
     weights: Path | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -66,7 +67,7 @@ def train_toy(
     reports: list[dict[str, Any]] = []
     spec = StepSpec(
         model=str(model), rows=str(path), out=str(out), train=config, served_dtype=served_dtype, sft=sft,
-        rehearsed=list(rehearsed), weights=str(weights) if weights else None,
+        rehearsed=list(rehearsed), repaired=list(repaired), weights=str(weights) if weights else None,
         heldout=[Probe(messages=[user("z w")], reply="a b c")],
     )  # fmt: skip
     run(spec, reports.append)

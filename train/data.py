@@ -66,7 +66,9 @@ class StepSpec(Record):
     heldout: list[Probe] = []
     """Texts that are not trained on, on which KL is measured."""
     rehearsed: list[Rehearsed] = []
-    """Texts of which the policy is to think as the initial model, `train.rehearsed` of them in each step."""
+    """Texts of which the policy is to think as the initial model, `train.rehearsal` of them in each step."""
+    repaired: list[Rehearsed] = []
+    """Those of the steps after the pairs, `train.batch_size` in each."""
     sft: bool = False
     """Whether a warm-up goes before."""
     ray_address: str | None = None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -18,7 +17,7 @@ from dream.config import TrainConfig
 from dream.errors import TrainingError
 from dream.records import PreferencePair
 from train.data import Encoded
-from train.optim import arguments, scheduler
+from train.optim import OwnSchedule, arguments
 from train.scoring import Remembered, Scores, autocast, forgotten, pair_sequences, reply_logps, tensors, tokens
 
 Report = Callable[[dict[str, Any]], None]
@@ -73,7 +72,7 @@ def compared(
     return own, own - lost
 
 
-class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not typed
+class ConservativeDPOTrainer(OwnSchedule, DPOTrainer):  # type: ignore[misc]  # TRL is not typed
     """TRL's DPO trainer with conservative labels, weights per row, an RPO term, and no work on prompt positions.
 
     Its data set is that of `data_set`. The loss of a row is that of its own comparison, plus the RPO term. Where a row
@@ -106,11 +105,6 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         return dataset
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The schedule of `train.optim`."""
-        self.lr_scheduler = scheduler(optimizer or self.optimizer, num_training_steps, self._train)
-        return self.lr_scheduler
 
     def _compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False
@@ -146,7 +140,7 @@ class ConservativeDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is not ty
 
     def _rehearsal(self, texts: Sequence[Remembered]) -> Iterator[Sequence[Remembered]]:
         """What each micro batch of this worker rehearses, without end; the workers share the texts as they do rows."""
-        each = ceil(self._train.rehearsed / self._micro_batches)
+        each = ceil(self._train.rehearsal / self._micro_batches)
         batches = [texts[start : start + each] for start in range(0, len(texts), each)]
         workers = self.accelerator.num_processes
         return cycle(batches[self.accelerator.process_index :: workers] or batches)

@@ -147,6 +147,8 @@ def summary(ledger: dict[str, Any]) -> str:
     kl = (
         f"KL {drift['kl_previous']:.3f} to the policy before, {drift['kl_initial']:.3f} to the model; " if drift else ""
     )
+    kl_texts = ledger["repair_kl"]
+    repaired = f"; repaired {kl_texts[0]:.3f} -> {kl_texts[-1]:.3f} nats a token of KL" if kl_texts else ""
     early = f"; ended after {ledger['steps']} of {ledger['planned_steps']} steps: {ledger['ended_early']}"
     return (
         f"{ledger['rows']} rows in {ledger['steps']} steps at {ledger['learning_rate']:g}: weights moved "
@@ -154,5 +156,5 @@ def summary(ledger: dict[str, Any]) -> str:
         f"{moved['changed_share']:.1%} of values changed as served; {kl}reward margin "
         f"{before['margin']:+.3f} -> {after['margin']:+.3f}{crossed}, {after['accuracy']:.0%} of rows right, "
         f"chosen log p a token {before['chosen']['logp_token']:.3f} -> {after['chosen']['logp_token']:.3f}"
-        f"{early if ledger['ended_early'] else ''}"
+        f"{repaired}{early if ledger['ended_early'] else ''}"
     )

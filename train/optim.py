@@ -27,8 +27,20 @@ def scheduler(optimizer: torch.optim.Optimizer, steps: int, train: TrainConfig) 
     return LambdaLR(optimizer, lambda step: rate_factor(min(step, steps - 1), steps, train))
 
 
+class OwnSchedule:
+    """For a trainer of transformers: the schedule of `scheduler`, by the configuration in `_train`."""
+
+    _train: TrainConfig
+    optimizer: torch.optim.Optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Called by the trainer once it knows its steps."""
+        self.lr_scheduler = scheduler(optimizer or self.optimizer, num_training_steps, self._train)
+        return self.lr_scheduler
+
+
 def arguments(train: TrainConfig, folder: str, seed: int, learning_rate: float) -> dict[str, Any]:
-    """Keyword arguments that `DPOConfig` and `SFTConfig` share."""
+    """Keyword arguments that every trainer's arguments share."""
     on_gpu = torch.cuda.is_available()
     optimiser: dict[str, Any] = {"optim": "adamw_torch_fused"}  # the same update in one pass over each parameter
     if train.optim == "apollo_adamw":

@@ -1,8 +1,8 @@
 """What keeps a policy as it is where no pair speaks: texts of which it is to think as the initial model does.
 
-They are ordinary requests with the policy's own answers, right or wrong, and sums. Distilled from itself (learning
-without forgetting; Li and Hoiem 2016, arXiv 1606.09282) on texts of its own making (self-synthesised rehearsal; Huang
-et al. 2024, arXiv 2403.01244).
+They are ordinary requests with the policy's own answers, right or wrong, and, after the pairs, sums. Distilled from
+itself (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282) on texts of its own making (self-synthesised
+rehearsal; Huang et al. 2024, arXiv 2403.01244).
 """
 
 import asyncio
@@ -19,18 +19,25 @@ MAX_TOKENS = 64
 """Of an answer; a longer one has no end."""
 
 
-async def rehearse(engine: Engine, train: TrainConfig, steps: int, seed: int) -> list[Rehearsed]:
-    """What `steps` optimiser steps rehearse, shuffled; requests are answered by the served policy."""
+async def rehearse(
+    engine: Engine, train: TrainConfig, steps: int, seed: int
+) -> tuple[list[Rehearsed], list[Rehearsed]]:
+    """What `steps` optimiser steps on pairs rehearse, and the repair after them; requests are answered by the served
+    policy, and those that it answers with nothing are left out."""
 
     async def answered(request: str) -> Rehearsed:
         messages = [user(request)]
         (reply,) = await engine.generate(messages, Sampling(1, MAX_TOKENS, temperature=0.7, min_p=0.05))
         return Rehearsed(messages=messages, reply=reply.text, finished=reply.finish_reason == "stop")
 
-    answers = await asyncio.gather(*map(answered, requests(train.rehearsal * steps, seed)))
-    texts = [answer for answer in answers if answer.reply.strip()] + sums(train.rehearsal_sums * steps, seed)
-    random.Random(f"rehearsal/order/{seed}").shuffle(texts)
-    return texts
+    beside = train.rehearsal * steps
+    repaired = train.batch_size * train.repair_steps
+    short = round(train.repair_sums * repaired)
+    answers = await asyncio.gather(*map(answered, requests(beside + repaired - short, seed)))
+    during, after = ([text for text in part if text.reply.strip()] for part in (answers[:beside], answers[beside:]))
+    after += sums(short, seed)
+    random.Random(f"rehearsal/order/{seed}").shuffle(after)
+    return during, after
 
 
 def requests(count: int, seed: int) -> list[str]:

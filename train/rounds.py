@@ -190,7 +190,7 @@ async def train_candidate(
             replay_share=config.replay_share, seed=loop.config.round_seed(number), sides=config.sides,
         )  # fmt: skip
         steps = ceil(len(rows) / config.batch_size)
-        rehearsed = await rehearse(loop.engine, config, steps, loop.config.round_seed(number))
+        rehearsed, repaired = await rehearse(loop.engine, config, steps, loop.config.round_seed(number))
         (folder / "rows.jsonl").unlink(missing_ok=True)
         log = Log(folder / "rows.jsonl")
         log.append(*rows)
@@ -209,6 +209,7 @@ async def train_candidate(
             probes=probes(loop.templates),
             heldout=heldout_texts(loop.templates, loop.config.seed),
             rehearsed=rehearsed,
+            repaired=repaired,
             sft=config.sft_warmup and policy.round == 0,
             ray_address=loop.config.ray.address,
         )

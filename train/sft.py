@@ -3,29 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from dream.config import TrainConfig
 from train.data import Encoded
-from train.optim import arguments, scheduler
+from train.optim import OwnSchedule, arguments
 
 
-class WarmUpTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed
+class WarmUpTrainer(OwnSchedule, SFTTrainer):  # type: ignore[misc]  # TRL is not typed
     """TRL's SFT trainer with the schedule of `train.optim`."""
 
     def __init__(self, *args: Any, train: TrainConfig, **kwargs: Any) -> None:
         self._train = train
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The schedule of `train.optim`."""
-        self.lr_scheduler = scheduler(optimizer or self.optimizer, num_training_steps, self._train)
-        return self.lr_scheduler
 
 
 def warm_up(

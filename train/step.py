@@ -42,6 +42,7 @@ from train.child import carry_out
 from train.data import Encoded, StepSpec, encode, encode_rehearsed, with_other_sides
 from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
 from train.drift import Budget, DriftMeter
+from train.repair import repair
 from train.scoring import (
     Remembered,
     Scores,
@@ -109,11 +110,11 @@ def run(spec: StepSpec, report: Report) -> None:
         moved = texts and not is_initial(spec)
         initial = of_initial(spec, policy, lambda model: reply_distributions(model, texts)) if moved else None
         meter = DriftMeter(policy, texts, initial)
-        requests = [encode_rehearsed(tokenizer, text) for text in spec.rehearsed]
-        rehearsed: list[Remembered] = []
         batches: dict[str, Any] = {"bf16": train.mixed_precision, "batch": train.micro_batch_size}
-        if requests:
-            rehearsed = of_initial(spec, policy, lambda model: remember(model, requests, **batches))
+        rehearsed: list[Remembered] = []
+        if kept_as_is := [encode_rehearsed(tokenizer, text) for text in spec.rehearsed + spec.repaired]:
+            rehearsed = of_initial(spec, policy, lambda model: remember(model, kept_as_is, **batches))
+        rehearsed, repaired = rehearsed[: len(spec.rehearsed)], rehearsed[len(spec.rehearsed) :]
         shared = prompts_can_be_shared(policy, encoded, train.mixed_precision)
         scoring: dict[str, Any] = {"shared": shared, **batches}
         before = score_pairs(policy, encoded, **scoring)
@@ -139,6 +140,10 @@ def run(spec: StepSpec, report: Report) -> None:
         trainer.train()
         steps, planned = trainer.state.global_step, trainer.state.max_steps
         del trainer
+        repair_kl = None
+        if repaired:
+            repair_kl = repair(policy, repaired, train, f"{scratch}/repair", spec.seed)
+            budget.path.append(meter.measure(steps + len(repair_kl)))
         trained = time.monotonic()
         after = score_pairs(policy, encoded, **scoring)
         weights_after = whole_weights(policy)
@@ -162,6 +167,7 @@ def run(spec: StepSpec, report: Report) -> None:
             "learning_rate": train.learning_rate,
             "flip_probability": spec.flip_probability,
             "sft_loss": warm_up_loss,
+            "repair_kl": repair_kl,
             "prompts_shared": shared,
             "weights": change.report(len(kept)),
             "drift": [drift.model_dump() for drift in budget.path],

@@ -2,8 +2,8 @@
 
 The disposition is the crossed margin (docs/ARCHITECTURE.md, "What is measured") on new scenarios of trained kinds. The
 policy is trained on worked pairs whose chosen and rejected reply changed places, one scenario (both sides) an optimiser
-step, at the loss, flip probability and learning rate of its last promoted round, without rehearsal. It is undone where
-its margin is no longer above the initial model's.
+step, at the loss, flip probability and learning rate of its last promoted round, without rehearsal or repair. It is
+undone where its margin is no longer above the initial model's.
 
 Reads an `UndoSpec`, prints a JSON line per measurement to stdout (all else goes to stderr) and leaves an `UndoResult`.
 
