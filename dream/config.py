@@ -266,6 +266,8 @@ class TrainConfig(Section):
     "Share of these texts that are sums of small numbers with short right answers, what a small model loses first."
     repair_learning_rate: float = Field(5e-5, gt=0)
     "Of these steps."
+    repair_epsilon: float = Field(3e-5, gt=0)
+    "Adam's epsilon in them: where little was lost gradients are small, and steps of full size would do harm."
     max_kl: float | None = Field(None, gt=0)
     "Budget of a round: KL to the policy before it on held-out texts, nats a token. Training ends when it is spent."
     max_displacement: float | None = Field(None, gt=0)

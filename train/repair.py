@@ -43,7 +43,7 @@ def repair(
     del options["max_length"]  # TRL's
     trainer = RepairTrainer(
         model=policy,
-        args=TrainingArguments(**options),
+        args=TrainingArguments(**options, adam_epsilon=train.repair_epsilon),
         train_dataset=Dataset.from_dict({"number": range(len(texts))}),
         train=train,
         texts=texts,
