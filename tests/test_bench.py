@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from statistics import median
 from xml.etree import ElementTree
@@ -98,6 +102,23 @@ def test_row_that_fails_stops_no_other_and_fails_the_whole(capsys: pytest.Captur
 
 
 @pytest.mark.usefixtures("fake_rows")
+@pytest.mark.skipif(sys.platform != "linux", reason="an orphan goes on elsewhere (train/child.py)")
+def test_measuring_process_ends_with_a_killed_bench() -> None:
+    """No orphan holds the memory and the cores of the next measurement."""
+    code = (
+        "import os, time; from tests.bench.bench import process_apart; pool = process_apart();"
+        "print(pool.submit(os.getpid).result(), flush=True); pool.submit(time.sleep, 600).result()"
+    )
+    with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)  # it is there
+        parent.kill()
+    began = time.monotonic()
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+
+
 def test_unknown_row_is_refused_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the rows there are."""
     assert bench.main(["fast", "quick"]) == 2

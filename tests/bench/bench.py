@@ -19,6 +19,7 @@ from dream.errors import ConfigError, DreamError
 from dream.store import write_json
 from dream.terminal import out
 from tests.bench import Row
+from train.child import end_with
 
 ROWS = {
     "generate_vs_raw_vllm": "generation",
@@ -41,12 +42,19 @@ def measure(module: str) -> list[Row]:
 
 
 def measure_apart(module: str) -> list[Row]:
-    """Measures the rows of a module in a process of its own: none sees the memory, threads or engines of another.
-
-    Whatever libraries print there goes to stderr.
-    """
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.dup2, initargs=(2, 1)) as pool:
+    """Measures the rows of a module in a process of its own: none sees the memory, threads or engines of another."""
+    with process_apart() as pool:
         return pool.submit(measure, module).result()
+
+
+def process_apart() -> ProcessPoolExecutor:
+    """A process that ends with this one, however that ends; whatever libraries print there goes to stderr."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    end_with(parent)
+    os.dup2(2, 1)
 
 
 def table(rows: Sequence[Row]) -> Table:
