@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from toy import toy_rows, train_toy
 
 from dream.config import TrainConfig
+from dream.errors import TrainingError
 from dream.records import user
 from train.checkpoints import load_model, load_tokenizer
 from train.data import Encoded, Rehearsed, encode, encode_rehearsed, lay_out, other_sides, with_other_sides
@@ -254,6 +255,15 @@ def test_repair_gives_back_what_the_pairs_took(toy_model: Path, tmp_path: Path, 
     assert repaired["repair_kl"][-1] < repaired["repair_kl"][0]
     assert [drift["step"] for drift in repaired["drift"]] == [1, 2, 3, 4, 9]
     assert repaired["drift"][:4] == without["drift"]
+
+
+def test_repair_that_leaves_the_finite_numbers_is_an_error(toy_model: Path, tmp_path: Path) -> None:
+    """The message names the key to lower, and nothing is left of the step."""
+    text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
+    settings = {"method": "full", "repair_steps": 3, "repair_learning_rate": 1e30}
+    with pytest.raises(TrainingError, match=r"repair.*train\.repair_learning_rate"):
+        train_toy(toy_model, tmp_path / "out", repaired=[text] * 12, **settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_are_remembered_together_as_one_by_one(toy_model: Path) -> None:

@@ -6,6 +6,7 @@ condition as it was learned (measured in docs/LOG.md, "Repair").
 """
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from dream.config import TrainConfig
+from dream.errors import TrainingError
 from train.optim import OwnSchedule, arguments
 from train.scoring import Remembered, autocast, forgotten
 
@@ -38,7 +40,11 @@ def repair(
     policy: PreTrainedModel, texts: Sequence[Remembered], train: TrainConfig, folder: str, seed: int
 ) -> list[float]:
     """Trains `policy` in place until it thinks of `texts` as is remembered; the KL divergence of each step's texts
-    before the step, in nats a token."""
+    before the step, in nats a token.
+
+    Raises:
+        TrainingError: it left the finite numbers.
+    """
     options = arguments(train, folder, seed, train.repair_learning_rate)
     del options["max_length"]  # TRL's
     trainer = RepairTrainer(
@@ -49,4 +55,7 @@ def repair(
         texts=texts,
     )
     trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    path = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    if not all(map(isfinite, path)):
+        raise TrainingError("the loss of the repair left the finite numbers; lower train.repair_learning_rate")
+    return path
