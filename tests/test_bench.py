@@ -28,6 +28,7 @@ from tests.bench import Row, bench, effect, paired_rates, trial
 from tests.bench import growth_256_vs_16 as growth
 from tests.bench.growth_256_vs_16 import Dreamed
 from tests.bench.scripted import worked_engine
+from tests.bench.unseen import untrained
 from train.evals import RoundEvaluation, figures
 from train.gate import Decision
 from train.history import RoundResult
@@ -101,7 +102,6 @@ def test_row_that_fails_stops_no_other_and_fails_the_whole(capsys: pytest.Captur
     assert "error: broken: the losses differ" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("fake_rows")
 @pytest.mark.skipif(sys.platform != "linux", reason="an orphan goes on elsewhere (train/child.py)")
 def test_measuring_process_ends_with_a_killed_bench() -> None:
     """No orphan holds the memory and the cores of the next measurement."""
@@ -119,6 +119,7 @@ def test_measuring_process_ends_with_a_killed_bench() -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.usefixtures("fake_rows")
 def test_unknown_row_is_refused_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the rows there are."""
     assert bench.main(["fast", "quick"]) == 2
@@ -223,3 +224,15 @@ def test_growth_is_told_by_medians_and_the_memory_of_the_first_rounds() -> None:
     ]
     drawn = ElementTree.fromstring(growth.plot(rounds))
     assert "16 pairs, 700 MiB256 pairs, 800 MiB" in "".join(drawn.itertext())
+
+
+def test_unseen_kinds_are_none_of_the_trained_ones() -> None:
+    """A template of a trained kind is seen, whatever its name; held-out and general ones are not asked for."""
+    templates = load_all()
+    trained = [template.name for template in templates if template.front.flaw == "false_premise"][:1]
+    found = untrained(templates, trained)
+    assert found
+    assert {"false_premise"}.isdisjoint(template.front.flaw for template in found)
+    assert all(template.front.split == "train" and not template.general for template in found)
+    left = {template.front.flaw for template in templates if template.front.split == "train" and not template.general}
+    assert {template.front.flaw for template in found} == left - {"false_premise"}
