@@ -111,10 +111,10 @@ def run(spec: StepSpec, report: Report) -> None:
         initial = of_initial(spec, policy, lambda model: reply_distributions(model, texts)) if moved else None
         meter = DriftMeter(policy, texts, initial)
         batches: dict[str, Any] = {"bf16": train.mixed_precision, "batch": train.micro_batch_size}
-        rehearsed: list[Remembered] = []
+        remembered: list[Remembered] = []
         if kept_as_is := [encode_rehearsed(tokenizer, text) for text in spec.rehearsed + spec.repaired]:
-            rehearsed = of_initial(spec, policy, lambda model: remember(model, kept_as_is, **batches))
-        rehearsed, repaired = rehearsed[: len(spec.rehearsed)], rehearsed[len(spec.rehearsed) :]
+            remembered = of_initial(spec, policy, lambda model: remember(model, kept_as_is, **batches))
+        rehearsed, repaired = remembered[: len(spec.rehearsed)], remembered[len(spec.rehearsed) :]
         shared = prompts_can_be_shared(policy, encoded, train.mixed_precision)
         scoring: dict[str, Any] = {"shared": shared, **batches}
         before = score_pairs(policy, encoded, **scoring)
