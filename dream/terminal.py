@@ -92,9 +92,13 @@ class Terminal:
 
     def training(self, step: dict[str, Any]) -> None:
         """An optimiser step ended."""
-        text = f"loss {step['loss']:.3f}, margin {step['margin']:+.3f}, accuracy {step['accuracy']:.2f}"
+        if "repair_kl" in step:
+            what, text = "repair", f"KL {step['repair_kl']:.3f}"
+        else:
+            what = "step"
+            text = f"loss {step['loss']:.3f}, margin {step['margin']:+.3f}, accuracy {step['accuracy']:.2f}"
         self._bar.update(self._task, total=step["steps"], completed=step["step"], rate=text)
-        self._plain(f"  step {step['step']} of {step['steps']}: {text}")
+        self._plain(f"  {what} {step['step']} of {step['steps']}: {text}")
 
     def trained(self, line: str) -> None:
         """The ledger's line on a finished training step."""

@@ -21,6 +21,8 @@ from dream.records import Record
 from dream.store import read_json
 
 S = TypeVar("S", bound=Record)
+Report = Callable[[dict[str, Any]], None]
+"""Takes what such a process says of its progress."""
 
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
@@ -34,9 +36,7 @@ def end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def carry_out(
-    module: str, kind: type[S], run: Callable[[S, Callable[[dict[str, Any]], None]], None], argv: Sequence[str] | None
-) -> int:
+def carry_out(module: str, kind: type[S], run: Callable[[S, Report], None], argv: Sequence[str] | None) -> int:
     """What the `main` of such a module does: reads the specification file that `argv` (default: the command line) names
     and runs it, its reports to stdout, a JSON line each. Returns 0, or prints a one-line message and returns the
     error's exit code."""

@@ -1,6 +1,6 @@
 """Conservative DPO: the loss, and TRL's trainer without work that changes nothing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain, cycle
 from math import ceil, isfinite
@@ -16,11 +16,10 @@ from trl.trainer import dpo_trainer
 from dream.config import TrainConfig
 from dream.errors import TrainingError
 from dream.records import PreferencePair
+from train.child import Report
 from train.data import Encoded
 from train.optim import OwnSchedule, arguments
 from train.scoring import Remembered, Scores, autocast, forgotten, pair_sequences, reply_logps, tensors, tokens
-
-Report = Callable[[dict[str, Any]], None]
 
 
 def conservative_loss(delta: torch.Tensor, beta: float, flip: torch.Tensor) -> torch.Tensor:

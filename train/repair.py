@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from dream.config import TrainConfig
 from dream.errors import TrainingError
+from train.child import Report
 from train.optim import OwnSchedule, arguments
 from train.scoring import Remembered, autocast, forgotten
 
@@ -24,8 +25,10 @@ class RepairTrainer(OwnSchedule, Trainer):  # type: ignore[misc]  # transformers
 
     loss_is_scaled_for_ga = False  # a mean over the texts of a micro batch, and these are equally large
 
-    def __init__(self, *args: Any, train: TrainConfig, texts: Sequence[Remembered], **kwargs: Any) -> None:
-        self._train, self._texts = train, texts
+    def __init__(
+        self, *args: Any, train: TrainConfig, texts: Sequence[Remembered], report: Report, **kwargs: Any
+    ) -> None:
+        self._train, self._texts, self._report = train, texts, report
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
 
@@ -35,9 +38,15 @@ class RepairTrainer(OwnSchedule, Trainer):  # type: ignore[misc]  # transformers
         with autocast(model, self._train.mixed_precision):
             return forgotten(model, head, [self._texts[i] for i in inputs["number"].tolist()])
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Reports an optimiser step."""
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._report({"step": self.state.global_step, "steps": self.state.max_steps, "repair_kl": logs["loss"]})
+
 
 def repair(
-    policy: PreTrainedModel, texts: Sequence[Remembered], train: TrainConfig, folder: str, seed: int
+    policy: PreTrainedModel, texts: Sequence[Remembered], train: TrainConfig, folder: str, seed: int, report: Report
 ) -> list[float]:
     """Trains `policy` in place until it thinks of `texts` as is remembered; the KL divergence of each step's texts
     before the step, in nats a token.
@@ -53,6 +62,7 @@ def repair(
         train_dataset=Dataset.from_dict({"number": range(len(texts))}),
         train=train,
         texts=texts,
+        report=report,
     )
     trainer.train()
     path = [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -1,8 +1,9 @@
 """One training step: conservative DPO on the rows of a round. `python -P -m train.step SPEC.json`.
 
-Reads a `StepSpec`, prints a JSON line per optimiser step to stdout (all else goes to stderr) and leaves one folder:
-`adapter/` (LoRA) or `masters/` (float32, full weights served in less), `weights/` (merged, as served), `ledger.json`,
-`probes.json`. The folder appears when everything in it is there; a killed step leaves nothing and is begun again.
+Reads a `StepSpec`, prints a JSON line per optimiser step to stdout, a repair's included (all else goes to stderr), and
+leaves one folder: `adapter/` (LoRA) or `masters/` (float32, full weights served in less), `weights/` (merged, as
+served), `ledger.json`, `probes.json`. The folder appears when everything in it is there; a killed step leaves nothing
+and is begun again.
 
 With `train.workers` every worker runs this step on its share of the rows (`train.workers`). Without, there is one
 process, and a model larger than one GPU is spread over those it sees.
@@ -38,9 +39,9 @@ from train.checkpoints import (
     whole_weights,
     without_dropout,
 )
-from train.child import carry_out
+from train.child import Report, carry_out
 from train.data import Encoded, StepSpec, encode, encode_rehearsed, with_other_sides
-from train.dpo import ConservativeDPOTrainer, Report, data_set, dpo_arguments, row_weights
+from train.dpo import ConservativeDPOTrainer, data_set, dpo_arguments, row_weights
 from train.drift import Budget, DriftMeter
 from train.repair import repair
 from train.scoring import (
@@ -142,7 +143,7 @@ def run(spec: StepSpec, report: Report) -> None:
         del trainer
         repair_kl = None
         if repaired:
-            repair_kl = repair(policy, repaired, train, f"{scratch}/repair", spec.seed)
+            repair_kl = repair(policy, repaired, train, f"{scratch}/repair", spec.seed, report)
             budget.path.append(meter.measure(steps + len(repair_kl)))
         trained = time.monotonic()
         after = score_pairs(policy, encoded, **scoring)

@@ -18,8 +18,8 @@ from ray.util.queue import Queue
 
 from dream.errors import DreamError, TrainingError
 from dream.pool import connect
+from train.child import Report
 from train.data import StepSpec
-from train.dpo import Report
 
 TRIES = 5
 """How often Ray Train looks for room for the workers, a minute each: a cluster that grows needs some."""
