@@ -439,7 +439,10 @@ def runs_rollback(
     from dream.runs import roll_back_run
 
     policy = roll_back_run(run, to)
-    print(f"{run}: the policy is round {policy.round} again; `dream train --out {run}` goes on from it")
+    print(
+        f"{run}: the policy is round {policy.round} again; the command that made the run goes on from it, with --out "
+        f"{run} and --rounds above {policy.as_of}"
+    )
 
 
 @app.command()

@@ -66,8 +66,8 @@ class GenerateConfig(Section):
     pairs: int = Field(24, ge=1)
     "Accepted contrast pairs wanted (in `dream train`: per round)."
     general_share: float = Field(0.25, ge=0, lt=1)
-    """General pairs as a share of all preference pairs of a round. They only comply: the more of them, the more the policy
-    does where it recognises no flaw (docs/LOG.md)."""
+    """General pairs as a share of all preference pairs of a round. They only comply: the more of them, the more the
+    policy does so where it recognises no flaw (docs/LOG.md)."""
     templates: list[str] = []
     """Names of the contrast templates to dream from; empty: all. A small model learns few kinds of flaw in the time
     that it needs to notice many (docs/LOG.md)."""

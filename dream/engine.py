@@ -43,6 +43,11 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
 
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that the prefix cache held."""
+        return self.cached_tokens / max(1, self.prompt_tokens)
+
     def __add__(self, other: "EngineStats") -> "EngineStats":
         return EngineStats(
             self.generated_tokens + other.generated_tokens,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,7 @@ async def engine_and_judge(
                 minilm().save()
             terminal.judge(judge.quality, found)
             yield engine, judge
+            terminal.served(await engine.stats())
     finally:
         if early is not None:
             early.cancel()
@@ -113,6 +115,7 @@ def generate(
     stop = Stop(terminal.line, f"go on with the same command and --out {path}")
 
     async def work(run: store.RunFolder) -> "tuple[dict[str, Any], Audit, Diversity]":
+        terminal.run(path, run.continued)
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             run.note("judge", judge.quality.model_dump())
             terminal.stage("dreaming")
@@ -125,7 +128,7 @@ def generate(
                 audit, diversity = await dreamer.run()
             finally:
                 rounds.close()
-            return dreamer.summary(), audit, diversity
+            return dreamer.summary() | {"engine": asdict(await engine.stats())}, audit, diversity
 
     with store.RunFolder(path, manifest("generate", config, config_file, loaded), allow_template_change) as run:
         return path, *stop.run(work(run))
@@ -160,6 +163,7 @@ def train(
     stop = Stop(terminal.line, f"go on with the same command and --out {path}")
 
     async def work(run: store.RunFolder) -> "list[RoundResult]":
+        terminal.run(path, run.continued)
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             run.note("judge", judge.quality.model_dump())
             step = trainer or (lambda spec, folder: train_in_child(spec, folder, terminal.training, stop=stop))

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dream.audit import Audit
     from dream.diversity import Diversity
+    from dream.engine import EngineStats
     from dream.generate import Progress as DreamProgress
     from dream.judge.check import JudgeCheck
     from dream.judge.quality import Quality
@@ -66,6 +68,18 @@ class Terminal:
         self.line(text)
         self._bar.reset(self._task, total=None, description=text, rate="", visible=True)
         self._last_line = time.monotonic()
+
+    def run(self, folder: Path, continued: bool) -> None:
+        """Which folder is worked in."""
+        self.line(f"run {folder}: {'continued' if continued else f'the same command with --out {folder} continues it'}")
+
+    def served(self, stats: "EngineStats") -> None:
+        """What an engine did until now; nothing where it counts nothing."""
+        if stats.prompt_tokens:
+            self.line(
+                f"engine: {stats.generated_tokens:,} tokens generated; {stats.hit_rate:.0%} of {stats.prompt_tokens:,} "
+                "prompt tokens came from the prefix cache"
+            )
 
     def judge(self, quality: "Quality", planted: "Quality") -> None:
         """How good the judge is on the gold set's test half, and on known replies of the run's own templates."""

@@ -143,6 +143,9 @@ class World:
     def trained(self, line: str) -> None:
         self.see(f"round {self.round}: {line}")
 
+    def line(self, text: str) -> None:
+        self.see(text)
+
     def ended(self, result: RoundResult) -> None:
         self.see(f"round {result.round}: ended")
 
@@ -339,11 +342,19 @@ def test_ledger_is_told_the_length_of_replies(world: World) -> None:
 
 @pytest.mark.parametrize("allowed", [1, 2])
 def test_loop_ends_after_max_rejections(world: World, allowed: int) -> None:
-    """After `max_rejections` rejected rounds in a row the loop ends, and running it again does not go on."""
-    world.skills = [1.0, 0.0, 0.0, 0.0, 0.0]
+    """After `max_rejections` rejected rounds in a row the loop ends and says why, and running it again does not go on;
+    once the user has chosen a policy it does, with the count and the rate as at the beginning."""
+    world.skills = [1.0, 0.0, 0.0, 0.0, 5.0]
     results = world.go(rounds=5, gate={"max_rejections": allowed})
     assert decisions(results) == ["promote"] + ["roll_back"] * allowed
+    why = f"no round {2 + allowed}: {allowed} rolled back since the last promotion (gate.max_rejections)"
+    assert world.events[-1][0].startswith(why)
     assert len(world.go(rounds=5, gate={"max_rejections": allowed})) == len(results)
+    assert world.events[-1][0].startswith(why)
+    history.roll_back(world.run, 1)
+    going_on = world.go(rounds=2 + allowed, gate={"max_rejections": allowed})
+    assert len(going_on) == 2 + allowed
+    assert going_on[-1].learning_rate == RATE
 
 
 KILLS = {

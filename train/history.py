@@ -20,11 +20,13 @@ from train.gate import Decision
 class Policy(Record):
     """policy.json: the accepted round (0 is the initial model) and where its weights are, relative to the run.
 
-    `as_of` is the last round that was taken into account, so that a kill between gate.json and policy.json is noticed.
+    `as_of` is the last round that was taken into account, so that a kill between gate.json and policy.json is noticed;
+    `chosen_after` is the last round before the user went back to this one, 0 where the gate's word holds.
     """
 
     round: int = 0
     as_of: int = 0
+    chosen_after: int = 0
     adapter: str | None = None
     weights: str | None = None
     masters: str | None = None
@@ -126,19 +128,20 @@ def roll_back(run: Path, number: int) -> Policy:
     for name in ("train", "served.json", "eval.json"):  # these came from the policy that is left
         if (unfinished / name).exists():
             (unfinished / name).rename(unfinished / f"set_aside_{time.time_ns()}_{name}")
-    policy = trained_policy(run, number).model_copy(update={"as_of": len(results)})
+    policy = trained_policy(run, number).model_copy(update={"as_of": len(results), "chosen_after": len(results)})
     write_json(run / "policy.json", policy.model_dump())
     return policy
 
 
-def rejections(results: Sequence[RoundResult]) -> int:
-    """How many rounds were rejected since the last promotion; each halves the trust, the learning rate.
+def rejections(results: Sequence[RoundResult], policy: Policy) -> int:
+    """How many rounds were rejected since the last promotion, or since the user chose `policy`; each halves the trust,
+    the learning rate.
 
     An inconclusive round is no rejection: of its candidate nothing is known.
     """
     count = 0
     for result in reversed(results):
-        if result.decision.decision == "promote":
+        if result.decision.decision == "promote" or result.round <= policy.chosen_after:
             break
         count += result.decision.conclusive
     return count

@@ -62,6 +62,9 @@ class Reporter(Protocol):
     def trained(self, line: str) -> None:
         """The ledger's line on a finished training step."""
 
+    def line(self, text: str) -> None:
+        """Anything else that is to be read."""
+
     def ended(self, result: RoundResult) -> None:
         """A round ended."""
 
@@ -91,10 +94,18 @@ async def run_rounds(loop: Loop) -> list[RoundResult]:
     baseline = await evaluation(loop, loop.run / "round_00", Policy(), "measuring the initial policy")
     policy = settle(loop.run)
     await serve(loop, policy)
-    while len(results) < loop.config.rounds and not exhausted(results, loop.config):
+    while len(results) < loop.config.rounds:
         number = len(results) + 1
+        rejected = rejections(results, policy)
+        if rejected >= loop.config.gate.max_rejections:
+            loop.reporter.line(
+                f"no round {number}: {rejected} rolled back since the last promotion (gate.max_rejections), why stands "
+                f"in each gate.json; the policy is that of round {policy.round}. `dream runs rollback {loop.run} --to "
+                f"{policy.round}` begins the count anew"
+            )
+            break
         before = stored_evaluation(loop.run, policy.round) if policy.round else baseline
-        result = await one_round(loop, number, policy, before, rejections(results))
+        result = await one_round(loop, number, policy, before, rejected)
         policy = read_policy(loop.run)
         results.append(result)
         loop.reporter.ended(result)
@@ -261,11 +272,6 @@ def note_reply_length(path: Path, before: RoundEvaluation, after: RoundEvaluatio
     """Adds the mean length of sampled replies, in tokens, which training itself does not see, to the ledger."""
     lengths = {"before": before.heldout.reply_tokens, "after": after.heldout.reply_tokens}
     write_json(path, {**read_json(path), "reply_tokens": lengths})
-
-
-def exhausted(results: Sequence[RoundResult], config: Config) -> bool:
-    """Whether so many rounds were rejected since the last promotion that the loop ends."""
-    return rejections(results) >= config.gate.max_rejections
 
 
 def probes(templates: Sequence[Template]) -> list[Probe]:
