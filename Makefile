@@ -25,8 +25,8 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)  ## what we do beside the usual way of doing it (docs/BENCH.md); ROWS="NAME ..." for some of it
-	$(BIN)/python -P -m tests.bench.bench $(ROWS)
+bench: $(READY)  ## what we do beside the usual way of doing it (docs/BENCH.md); ROWS="NAME ..." for some of it, RUNS=3 for medians
+	$(BIN)/python -P -m tests.bench.bench --runs $(or $(RUNS),1) $(ROWS)
 
 audit: $(READY)  ## known vulnerabilities of the pinned packages; asks the network, so it is no part of `test`
 	sed 's/+cpu$$//' requirements/cpu.lock | \

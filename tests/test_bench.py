@@ -90,8 +90,28 @@ def test_rows_are_printed_and_written(capsys: pytest.CaptureFixture[str]) -> Non
         {"name": "slow", "ours": 15.0, "other": 10.0, "ratio": 1.5, "target": 2.0, "unit": "pairs/s"},
     ]
     _, fast, slow = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert fast == ["fast", "30", "10", "pairs/s", "3.00", "2.00", "met"]
-    assert slow == ["slow", "15", "10", "pairs/s", "1.50", "2.00", "MISSED"]
+    assert fast == ["fast", "30", "10", "pairs/s", "3.00", "3.00,", "3.00", "2.00", "met"]
+    assert slow == ["slow", "15", "10", "pairs/s", "1.50", "1.50,", "1.50", "2.00", "MISSED"]
+
+
+@pytest.mark.usefixtures("fake_rows")
+def test_of_several_runs_the_median_counts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows take turns, so that a slow minute meets all; written is a run that was measured, told is the spread, too."""
+    order: list[str] = []
+    ratios = {"fast": [3.0, 1.0, 2.0], "slow": [1.5, 1.75, 1.25]}
+
+    def measure_apart(name: str) -> list[Row]:
+        order.append(name)
+        row = FAST if name == "fast" else SLOW
+        return [row.model_copy(update={"ratio": ratios[name].pop(0)})]
+
+    monkeypatch.setattr(bench, "measure_apart", measure_apart)
+    assert bench.main(["--runs", "3", "fast", "slow"]) == 0
+    assert order == ["fast", "slow"] * 3
+    assert [row["ratio"] for row in json.loads(bench.RESULT.read_text())] == [2.0, 1.5]
+    _, fast, slow = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert fast[4:] == ["2.00", "1.00,", "3.00", "2.00", "met"]
+    assert slow[4:] == ["1.50", "1.25,", "1.75", "2.00", "MISSED"]
 
 
 @pytest.mark.usefixtures("fake_rows")

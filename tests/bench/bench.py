@@ -1,12 +1,14 @@
-"""Measures the rows and writes them down: `python -P -m tests.bench.bench [NAME ...]`, without names all of them.
+"""Measures the rows and writes them down: `python -P -m tests.bench.bench [--runs N] [NAME ...]`, without names all.
 
-Prints a table and leaves `runs/bench/bench.json`, the list of the rows measured. Exit codes: 0 measured, whether or not
-the targets were met; 2 no such row; 1 a row could not be measured or compared unlike things.
+Prints a table and leaves `runs/bench/bench.json`, the list of the rows measured; of several runs each row is the one
+with the median ratio. Exit codes: 0 measured, whether or not the targets were met; 2 no such row; 1 a row could not be
+measured or compared unlike things.
 """
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
@@ -57,34 +59,49 @@ def _begin(parent: int) -> None:
     os.dup2(2, 1)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows as people read them."""
+def middle(runs: Sequence[Row]) -> Row:
+    """Of the runs of one row that with the median ratio; of an even number the lower of the two."""
+    return sorted(runs, key=lambda row: row.ratio)[(len(runs) - 1) // 2]
+
+
+def table(measured: Mapping[str, Sequence[Row]]) -> Table:
+    """The rows as people read them, from the runs of each."""
     made = Table(box=None, pad_edge=False)
-    for column in ("row", "ours", "other", "unit", "ratio", "target", ""):
+    for column in ("row", "ours", "other", "unit", "ratio", "least, most", "target", ""):
         made.add_column(column, justify="left" if column in ("row", "unit", "") else "right")
-    for row in rows:
-        figures = f"{row.ours:.3g}", f"{row.other:.3g}", row.unit, f"{row.ratio:.2f}", f"{row.target:.2f}"
-        made.add_row(row.name, *figures, "met" if row.met else "MISSED")
+    for name, runs in measured.items():
+        row, ratios = middle(runs), [run.ratio for run in runs]
+        spread = f"{min(ratios):.2f}, {max(ratios):.2f}"
+        figures = f"{row.ours:.3g}", f"{row.other:.3g}", row.unit, f"{row.ratio:.2f}", spread, f"{row.target:.2f}"
+        made.add_row(name, *figures, "met" if row.met else "MISSED")
     return made
 
 
-def main(names: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Measures the named rows, all of them without a name; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -P -m tests.bench.bench", description="Measures the benchmark's rows."
+    )
+    parser.add_argument("--runs", type=int, default=1, help="how often each row is measured, in turn with the others")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a row; default: all")
+    chosen = parser.parse_args(words)
+    names = chosen.names
     if unknown := [name for name in names if name not in ROWS]:
         error: DreamError = ConfigError(f"no row {unknown[0]!r} in the benchmark; there is {', '.join(ROWS)}")
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    rows: list[Row] = []
+    measured: dict[str, list[Row]] = {}
     code = 0
-    for module in dict.fromkeys(ROWS[name] for name in names or ROWS):
+    for module in list(dict.fromkeys(ROWS[name] for name in names or ROWS)) * chosen.runs:
         print(f"measuring {module}", file=sys.stderr)
         try:
-            rows += measure_apart(module)
+            for row in measure_apart(module):
+                measured.setdefault(row.name, []).append(row)
         except (DreamError, BrokenProcessPool) as error:
             print(f"error: {module}: {error}", file=sys.stderr)
             code = 1
-        write_json(RESULT, [row.model_dump() for row in rows])
-    out.print(table(rows))
+        write_json(RESULT, [middle(runs).model_dump() for runs in measured.values()])
+    out.print(table(measured))
     return code
 
 
