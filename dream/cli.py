@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
+from typer.exceptions import TyperException
 
 from dream.errors import ConfigError, DataError, DreamError, Stopped
 
@@ -62,10 +63,15 @@ ChangedOption = Annotated[
 def main() -> None:
     """The entry point: errors become one line and an exit code."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except DreamError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except TyperException as error:  # no such option, command or value
+        said: str = error.format_message()
+        help_text = "\n" in said  # what a command is without arguments
+        print(said if help_text else f"error: {said.rstrip('.')}; see `dream --help`", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.command()
@@ -475,8 +481,7 @@ def _load(config: Path | None, overrides: list[str] | None, options: dict[str, A
     """The configuration with `--set` values and, where given, those of options."""
     from dream.config import load
 
-    given = [f"{key}={value}" for key, value in (options or {}).items() if value is not None]
-    return load(config, [*(overrides or []), *given])
+    return load(config, overrides, {key: value for key, value in (options or {}).items() if value is not None})
 
 
 def _sources(config_file: Path) -> str:

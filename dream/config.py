@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -392,6 +393,13 @@ class Config(Section):
             raise ValueError("train.fsdp: one worker has nobody to share the weights with; raise train.workers")
         if self.train.batch_size % (self.train.micro_batch_size * self.train.workers):
             raise ValueError("train.batch_size must be a multiple of train.micro_batch_size times train.workers")
+        if self.train.batch_size % 2:
+            raise ValueError("train.batch_size must be even, as both sides of a scenario belong in one step")
+        if self.train.rehearsal % (self.train.batch_size // self.train.micro_batch_size):
+            raise ValueError(
+                "train.rehearsal must be a multiple of train.batch_size / train.micro_batch_size, as each micro batch "
+                "rehearses its part"
+            )
         if self.train.crossed_weight and self.train.micro_batch_size % 2:
             raise ValueError("train.micro_batch_size must be even, as train.crossed_weight compares rows in twos")
         return self
@@ -408,8 +416,11 @@ _EXECUTION_KEYS = ("ray.", "rounds", "engine.replicas", "engine.max_restarts", "
                    "judge.server.api_key_env")  # fmt: skip
 
 
-def load(path: Path | None, overrides: list[str] | None = None) -> tuple[Config, Path]:
-    """The configuration of a file (default: `default_path()`) with `key=value` overrides, and the file used.
+def load(
+    path: Path | None, overrides: list[str] | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[Config, Path]:
+    """The configuration of a file (default: `default_path()`) with `key=value` overrides and, by dotted key, values
+    as they are; and the file used.
 
     Raises:
         ConfigError: naming the file and key, and the nearest known key where one is unknown.
@@ -431,6 +442,8 @@ def load(path: Path | None, overrides: list[str] | None = None) -> tuple[Config,
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     for text in overrides or []:
         override(raw, text)
+    for key, value in (options or {}).items():
+        _put(raw, key, value, f"{key}={value}")
     return resolved(parse(raw, str(path))), path
 
 
@@ -508,15 +521,8 @@ def override(raw: dict[str, Any], text: str) -> None:
         ConfigError: it is not of that form.
     """
     key, eq, value_text = text.partition("=")
-    *parents, last = key.strip().split(".")
-    if not eq or not last:
+    if not eq or not key.strip():
         raise ConfigError(f"--set {text}: expected key=value, e.g. --set train.learning_rate=1e-5")
-    place = raw
-    for parent in parents:
-        inner = place[parent] = place.get(parent) or {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {text}: {parent} is not a section")
-        place = inner
     try:
         value = yaml.safe_load(value_text)
     except yaml.YAMLError as error:
@@ -524,4 +530,15 @@ def override(raw: dict[str, Any], text: str) -> None:
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
         with contextlib.suppress(ValueError):
             value = float(value)
+    _put(raw, key.strip(), value, f"--set {text}")
+
+
+def _put(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
+    *parents, last = key.split(".")
+    place = raw
+    for parent in parents:
+        inner = place[parent] = place.get(parent) or {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{source}: {parent} is not a section")
+        place = inner
     place[last] = value

@@ -76,7 +76,7 @@ def _read(cache: Path) -> dict[bytes, np.ndarray]:
     try:
         with np.load(cache, allow_pickle=False) as found:
             return {key.tobytes(): vector for key, vector in zip(found["keys"], found["vectors"], strict=True)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or not ours: it is only a cache
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or not ours: it is only a cache
         return {}
 
 

@@ -37,7 +37,7 @@ from dream.records import (
 from dream.scenarios import draw, draw_seed, mirrored
 from dream.selfplay import on_policy, steered, with_background, written
 from dream.stop import Stop
-from dream.store import RoundStore, drop_reasons, read_log, write_json
+from dream.store import RoundStore, drop_reasons, read_log, round_folders, write_json
 from dream.template import Template
 
 FINISHING = "stopping: no scenario is begun, those under way are finished and stored; a second signal stops at once"
@@ -187,7 +187,7 @@ class RoundDreamer:
     def _remember_kept(self) -> None:
         """The scenarios of pairs of this and of earlier rounds, so that none like them is dreamed again."""
         spare = {pair.clear.meta["scenario_id"] for pair in self._store.spare}
-        for folder in sorted(self._store.folder.parent.glob("round_*")):
+        for folder in round_folders(self._store.folder.parent).values():
             kept = spare | {row.pair_id for row in read_log(folder / "pairs.jsonl", PreferencePair)}
             for scenario in read_log(folder / "scenarios.jsonl", Scenario):
                 if scenario.scenario_id in kept:

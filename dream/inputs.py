@@ -1,6 +1,7 @@
 """Data files that people write: JSON Lines with line numbers in every error."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -108,9 +109,15 @@ def read_contrast_pairs(path: Path) -> list[ContrastPair]:
     """The whole contrast pairs of a pairs.jsonl; a pair with one row only is left out.
 
     Raises:
-        DataError: a bad row, or no whole pair.
+        DataError: a bad row, no whole pair, or two under one id.
     """
     pairs = list(contrast_pairs(read_user_rows(path, PreferencePair)))
+    (often, times), *_ = [*Counter(pair.clear.pair_id for pair in pairs).most_common(1), ("", 0)]
+    if times > 1:
+        raise DataError(
+            f"{path}: {times} contrast pairs are called {often!r}; give files of several runs one by one, "
+            "--data A --data B"
+        )
     if not pairs:
         raise DataError(
             f"{path}: no contrast pair; each pair_id needs a clear and a flawed row (rows of `dream logs import` have "

@@ -186,11 +186,10 @@ class EnginePool:
         try:
             await self._placed(replica.actor)
             await replica.link.call("start", loaded)
-            while loaded != self._weights:  # the pool was given others meanwhile
-                loaded = self._weights
-                await replica.link.call("load_weights", loaded)
-            if self._resting:
-                await replica.link.call("rest")
+            resting = False
+            while (loaded, resting) != (self._weights, self._resting):  # the pool was told something meanwhile
+                loaded, resting = self._weights, self._resting
+                await (replica.link.call("rest") if resting else replica.link.call("load_weights", loaded))
         except RayActorError as error:
             raise EngineError(f"the engine's process ended while it started: {error}") from error
         except DreamError:

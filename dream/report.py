@@ -6,7 +6,7 @@ still going on. Not covered: what the policy preferred before and after training
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from dream.errors import DataError, StorageError
 from dream.judge.quality import Quality
 from dream.records import ContrastPair, Dropped, PreferencePair, Record, Reply, Scenario, Verdict
 from dream.runs import opened
-from dream.store import contrast_pairs, drop_reasons, read_json, read_log, write_json
+from dream.store import contrast_pairs, drop_reasons, read_json, read_log, round_folders, write_json
 from train.data import Drift
 from train.evals import RoundEvaluation
 from train.history import Policy, RoundResult
@@ -97,7 +97,7 @@ def build(run: Path) -> dict[str, Any]:
         found["judge"] = about.judge.model_dump()
     if policy := _document(run / "policy.json", Policy):
         found["policy"] = policy.version
-    folders = dict(_round_folders(run))
+    folders = round_folders(run)
     found["rounds"] = [_round(number, folder) for number, folder in folders.items()]
     pairs = [(number, pair) for number, folder in folders.items() for pair in _pairs(folder / "pairs.jsonl")]
     shown = random.Random(f"report/{about.seed}").sample(pairs, min(SAMPLES, len(pairs)))
@@ -132,13 +132,6 @@ def _html(found: dict[str, Any]) -> str:
     )
     source = resources.files("dream").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(report=found, titles=TITLES, stances=STANCES)
-
-
-def _round_folders(run: Path) -> Iterator[tuple[int, Path]]:
-    """Numbers and folders of the rounds, in order."""
-    folders = {path.name.removeprefix("round_"): path for path in run.glob("round_*") if path.is_dir()}
-    for number in sorted((number for number in folders if number.isdecimal()), key=int):
-        yield int(number), folders[number]
 
 
 def _round(number: int, folder: Path) -> dict[str, Any]:

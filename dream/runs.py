@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream import config as configs
-from dream import store
+from dream import prompts, store
 from dream.config import Config
 from dream.errors import DreamError, RunError
 from dream.paths import data_folder
@@ -26,6 +26,7 @@ def manifest(
 ) -> dict[str, Any]:
     """What a run folder remembers of how it was made; of data files their content counts, not where they are."""
     settings = configs.flatten(config) | {f"{store.TEMPLATE_KEY}{template.name}": template.hash for template in loaded}
+    settings |= {f"{store.PROMPT_KEY}{name}": text for name, text in prompts.hashes().items()}
     if data:
         settings["--data"] = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in data]
     return {
@@ -75,7 +76,7 @@ def policy_of(run: Path, overrides: list[str]) -> tuple[Config, Path | None]:
         configs.override(raw, override)
     policy = read_policy(run)
     config = configs.resolved(configs.parse(raw, f"{run}/manifest.json"))
-    return config, run / policy.weights if policy.weights else None
+    return config, (run / policy.weights).resolve() if policy.weights else None  # an engine lives elsewhere
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -91,15 +92,20 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             about = opened(run)
         except DreamError:
             continue  # somebody else's folder
-        lines = [sum(1 for _ in pairs.open("rb")) for pairs in run.glob("round_*/pairs.jsonl")]
+        files = [folder / "pairs.jsonl" for folder in store.round_folders(run).values()]
+        lines = [sum(1 for _ in pairs.open("rb")) for pairs in files if pairs.exists()]
+        try:
+            rounds, policy = len(finished_rounds(run)), read_policy(run).version
+        except DreamError:  # one damaged run hides no other
+            rounds, policy = 0, "unreadable"
         rows.append(
             {
                 "run": str(run),
                 "kind": about["kind"],
-                "model": about["config"]["model"],
-                "rounds": len(finished_rounds(run)),
+                "model": about["config"].get("model", ""),
+                "rounds": rounds,
                 "pairs": sum(lines) // 2,
-                "policy": read_policy(run).version,
+                "policy": policy,
             }
         )
     return rows
@@ -117,7 +123,7 @@ def show_run(run: Path) -> dict[str, Any]:
     if results or baseline:
         rounds_table(baseline, results, f"held-out scenarios, policy now: {policy.version}")
     else:
-        for folder in sorted(run.glob("round_*")):
+        for folder in store.round_folders(run).values():
             pairs = sum(1 for _ in (folder / "pairs.jsonl").open("rb")) // 2
             print(f"{folder.name}: {pairs} pairs; dropped {store.drop_reasons(folder)}")
     return {

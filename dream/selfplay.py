@@ -121,8 +121,7 @@ async def with_background(engine: Engine, scenario: Scenario, max_tokens: int = 
     odd length, unfinished or not clean is left out, and the scenario stays as the template made it.
     """
     messages: list[Message] = []
-    for line in prompts.lines("dreamer/background_examples"):
-        domain, sentence = (part.strip() for part in line.split("|", 1))
+    for domain, sentence in prompts.halves("dreamer/background_examples"):
         messages += [user(prompts.render("dreamer/background", domain=domain)), assistant(sentence)]
     known = {_plain(message["content"]) for message in messages}
     messages.append(user(prompts.render("dreamer/background", domain=scenario.domain)))

@@ -239,6 +239,7 @@ class RoundStore:
 
 
 TEMPLATE_KEY = "template."
+PROMPT_KEY = "prompts."
 """How the settings in a manifest that are template hashes begin."""
 
 
@@ -308,12 +309,12 @@ class RunFolder:
         old, new = existing.get("settings", {}), self._wanted["settings"]
         keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in keys[:5])
-        if not all(key.startswith(TEMPLATE_KEY) for key in keys):
+        if not all(key.startswith((TEMPLATE_KEY, PROMPT_KEY)) for key in keys):
             raise RunError(f"{self.path}: was begun with other settings: {shown}; use those, or choose another --out")
         if not self._allow_template_change:
             raise RunError(
                 f"{self.path}: templates changed since it was begun: {shown}; go on with --allow-template-change, put "
-                "the old templates back, or choose another --out"
+                "the old files back, or choose another --out"
             )
         changes = {key.removeprefix(TEMPLATE_KEY): [old.get(key), new.get(key)] for key in keys}
         return {
@@ -323,9 +324,16 @@ class RunFolder:
             "template_changes": [*existing.get("template_changes", []), changes],
         }
 
-    def round_folder(self, number: int) -> Path:
-        """`round_01` and so on."""
-        return self.path / f"round_{number:02d}"
+
+def round_folder(run: Path, number: int) -> Path:
+    """`round_01` and so on."""
+    return run / f"round_{number:02d}"
+
+
+def round_folders(run: Path) -> dict[int, Path]:
+    """The folders of a run's rounds by number, in order; a copy that somebody put beside them is none."""
+    numbered = {path.name.removeprefix("round_"): path for path in run.glob("round_*") if path.is_dir()}
+    return {number: numbered[text] for number, text in sorted((int(t), t) for t in numbered if t.isdecimal())}
 
 
 def new_run_path(kind: str, root: Path = Path("runs")) -> Path:

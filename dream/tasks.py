@@ -9,15 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import asdict
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream import models, prompts, store, templates
 from dream.config import Config
 from dream.engine import Engine
-from dream.errors import ConfigError, DataError, DreamError, TrainingError
+from dream.errors import ConfigError, DataError, DreamError, EngineError, TrainingError
 from dream.records import Scenario
 from dream.runs import manifest
 from dream.stop import Stop
@@ -73,7 +72,8 @@ async def engine_and_judge(
                 minilm().save()
             terminal.judge(judge.quality, found)
             yield engine, judge
-            terminal.served(await engine.stats())
+            with suppress(EngineError):  # figures are no reason to fail what is done
+                terminal.served(await engine.stats())
     finally:
         if early is not None:
             early.cancel()
@@ -119,7 +119,7 @@ def generate(
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             run.note("judge", judge.quality.model_dump())
             terminal.stage("dreaming")
-            rounds = store.RoundStore(run.round_folder(1))
+            rounds = store.RoundStore(store.round_folder(run.path, 1))
             try:
                 dreamer = RoundDreamer(
                     engine, judge, rounds, loaded, config,
@@ -128,7 +128,7 @@ def generate(
                 audit, diversity = await dreamer.run()
             finally:
                 rounds.close()
-            return dreamer.summary() | {"engine": asdict(await engine.stats())}, audit, diversity
+            return dreamer.summary(), audit, diversity
 
     with store.RunFolder(path, manifest("generate", config, config_file, loaded), allow_template_change) as run:
         return path, *stop.run(work(run))
@@ -168,7 +168,20 @@ def train(
             run.note("judge", judge.quality.model_dump())
             step = trainer or (lambda spec, folder: train_in_child(spec, folder, terminal.training, stop=stop))
             return await run_rounds(
-                Loop(path, engine, judge, loaded, config, model, step, terminal, minilm(), pairs, stop)
+                Loop(
+                    run.path,
+                    engine,
+                    judge,
+                    loaded,
+                    config,
+                    model,
+                    step,
+                    terminal,
+                    minilm(),
+                    pairs,
+                    stop,
+                    run.manifest["fingerprint"],
+                )
             )
 
     with store.RunFolder(path, manifest("train", config, config_file, loaded, data), allow_template_change) as run:

@@ -485,6 +485,20 @@ def test_runs_list(dream: Dream, train_run, folder: Path) -> None:
     assert (row["run"], row["rounds"], row["pairs"], row["policy"]) == ("runs/mine", 1, 1, "round_01")
 
 
+def test_runs_list_passes_over_what_is_damaged(dream: Dream, train_run) -> None:
+    """A run that cannot be read hides no other."""
+    (train_run(0.3) / "round_01" / "gate.json").write_text("{}")
+    result = dream("runs", "list")
+    assert result.code == 0
+    assert "policy unreadable" in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize("words", [("nope",), ("train", "--nope"), ("train", "--rounds", "x"), ("report",)])
+def test_words_that_are_none_are_one_line(refused: Callable, words: tuple[str, ...]) -> None:
+    """No such command, option or value, or a missing one: a line that says so and where to look."""
+    assert refused(*words).endswith("; see `dream --help`")
+
+
 @pytest.mark.parametrize(("rise", "word"), [(0.3, "promoted"), (0.0, "did not rise beyond chance")])
 def test_runs_show(dream: Dream, train_run, folder: Path, rise: float, word: str) -> None:
     """`runs show` prints the rounds with the gate's decision and its reason, and writes them as JSON."""
@@ -817,6 +831,18 @@ def test_run_with_an_edited_template_goes_on_when_allowed(dream: Dream, small: t
     assert (folder / "mine" / "round_01" / "pairs.jsonl").read_text() == before
     [changed] = json.loads((folder / "mine" / "manifest.json").read_text())["template_changes"]
     assert list(changed) == ["stock"]
+
+
+def test_run_with_other_prompts_goes_on_when_allowed(dream: Dream, small: tuple[str, ...], folder: Path) -> None:
+    """What the gate asks and how replies are steered is part of a run as its templates are."""
+    command = ("generate", "--pairs", "1", "--out", "mine", *small)
+    assert dream(*command).code == 0
+    path = folder / "prompts" / "pressure.j2"
+    path.write_text(path.read_text() + "Do it. | Do it now.\n")
+    result = dream(*command)
+    assert result.code == 2
+    assert "prompts.pressure.j2" in result.err
+    assert dream(*command, "--allow-template-change").code == 0
 
 
 def test_judge_that_cannot_tell_stops_generate(dream: Dream, small, folder: Path, monkeypatch) -> None:

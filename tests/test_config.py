@@ -131,6 +131,12 @@ def test_unreadable_file_names_itself(write, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_option_is_taken_as_it_is(write) -> None:
+    """A path is no YAML, in which what follows a `#` is a comment."""
+    config, _ = load(write("seed: 2"), ["model=a"], {"model": "models/run #2", "rounds": 4})
+    assert (config.model, config.rounds, config.seed) == ("models/run #2", 4, 2)
+
+
 def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
     """A file that does not exist is the user's error, with exit code 2."""
     with pytest.raises(ConfigError) as caught:
@@ -147,6 +153,8 @@ def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
         {"train": {"fsdp": True, "workers": 2, "method": "full", "optim": "apollo_adamw"}},
         {"train": {"fsdp": True, "workers": 1, "method": "full"}},
         {"train": {"batch_size": 6, "micro_batch_size": 3, "crossed_weight": 1.0}},
+        {"train": {"batch_size": 9, "micro_batch_size": 3}},
+        {"train": {"batch_size": 16, "micro_batch_size": 4, "rehearsal": 6}},
         {"judge": {"signals": ["wording", "server"]}},
         {"seed": -1},
         {"seed": 2**32},

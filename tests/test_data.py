@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dream.errors import ConfigError
 from train.data import lay_out, round_rows
 
 shares = st.floats(0, 0.95)
@@ -122,12 +121,6 @@ def test_one_side_alone(arrange, setup: dict) -> None:
     assert clear == [row for row in both if row.side == "clear"]
     assert flawed == [row for row in both if row.side == "flawed"]
     assert not any(row.pair_id.startswith("general") for row in flawed)
-
-
-def test_odd_batch_is_refused(arrange) -> None:
-    """An odd batch size, which would tear a pair apart, is refused with the next even one."""
-    with pytest.raises(ConfigError, match="use 8"):
-        arrange(2, 0, 0, batch_size=7, general_share=0, replay_share=0, seed=1)
 
 
 @given(sequences=st.lists(st.tuples(tokens, st.lists(tokens, min_size=1, max_size=3)), min_size=1, max_size=4))

@@ -231,6 +231,18 @@ def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_second_round_begins_where_the_first_ended(toy_model: Path, tmp_path: Path, method: str) -> None:
+    """What is served before a round is what was served after the one before."""
+    train_toy(toy_model, tmp_path / "first", method=method)
+    first = tmp_path / "first"
+    policy = {"adapter": first / "adapter"} if method == "lora" else {"weights": first / "weights"}
+    train_toy(toy_model, tmp_path / "second", method=method, **policy)
+    one, two = (json.loads((tmp_path / name / "probes.json").read_text()) for name in ("first", "second"))
+    assert one["after"] != pytest.approx(one["before"], abs=1e-2)
+    assert two["before"] == pytest.approx(one["after"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_repair_gives_back_what_the_pairs_took(toy_model: Path, tmp_path: Path, method: str) -> None:
     """After the same steps on pairs, steps of rehearsal alone bring a text back, and are in the ledger: the KL of each
     step and the drift after the last."""

@@ -13,7 +13,7 @@ FAKE = """
     options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     if "missing" in options["--tasks"]:
         sys.exit("Tasks were not found: missing")
-    assert options["--model_args"] == "pretrained=weights"
+    assert options["--model_args"] == "pretrained=weights,trust_remote_code=False"
     tasks = options["--tasks"].split(",")
     results = {task: {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": task} for task in tasks}
     results["odd"] = {"bleu,none": 3.0}

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from dream.terminal import Terminal
 from train import history, rounds
 from train.data import StepSpec, other_sides, round_rows
 from train.history import Policy, RoundResult, finished_rounds, read_policy, roll_back
+from train.lm_tasks import TaskScore
 from train.rounds import Loop, run_rounds
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -85,6 +87,7 @@ class World:
         self.run, self.judge, self.templates, self.new_engine, self.settings = run, judge, templates, engine, settings
         self.skills = [1.0, 2.0, 3.0, 4.0, 5.0]
         self.lie = 0.0
+        self.fingerprint = ""
         self.specs: list[StepSpec] = []
         self.events: list[tuple[str, Path | None]] = []
         self.kill, self.round = "", 0
@@ -114,7 +117,7 @@ class World:
         self.kill, self.round, self.engine = kill, 0, self.new_engine()
         loop = Loop(
             self.run, self.engine, self.judge, self.templates, self.config(**sections), "model", self.train, self,
-            data=data,
+            data=data, fingerprint=self.fingerprint,
         )  # fmt: skip
         return asyncio.run(run_rounds(loop))
 
@@ -331,6 +334,72 @@ def test_evaluation_of_another_version_is_refused(world: World) -> None:
     write_json(world.run / "round_01" / "eval.json", {"heldout": {}})
     with pytest.raises(RunError, match=r"round_01/eval\.json: not an evaluation of this version; remove it"):
         world.go(rounds=2)
+    (world.run / "round_01" / "eval.json").unlink()
+    assert decisions(world.go(rounds=2)) == ["promote"] * 2
+    assert world.served_at("measuring the policy") == world.weights(1)
+
+
+def test_what_other_templates_measured_is_measured_again(world: World) -> None:
+    """Items of two evaluations must be the same scenarios; under another fingerprint they are not."""
+    world.go(rounds=1)
+    world.fingerprint = "edited"
+    begun = len(world.events)
+    world.go(rounds=2)
+    seen = [event for event, _ in world.events[begun:] if "measuring" in event]
+    assert seen == ["measuring the initial policy", "measuring the policy", "round 2: measuring the candidate"]
+    assert {read_json(world.run / f"round_0{number}" / "eval.json")["fingerprint"] for number in range(3)} == {"edited"}
+
+
+def test_candidate_is_proved_with_the_texts_it_was_trained_beside(world: World) -> None:
+    """A template that is edited between training and serving makes no engine a liar."""
+    with pytest.raises(Killed):
+        world.go(rounds=1, kill="writing served.json")
+    before = read_json(world.run / "round_01" / "probes.json")
+    world.templates = world.templates[1:]
+    assert decisions(world.go(rounds=1)) == ["promote"]
+    assert read_json(world.run / "round_01" / "probes.json") == before
+
+
+def test_copy_of_a_round_is_no_round(world: World) -> None:
+    """Somebody's copy beside the rounds disturbs neither the loop nor those who read the run."""
+    world.go(rounds=1)
+    shutil.copytree(world.run / "round_01", world.run / "round_01.bak")
+    assert decisions(world.go(rounds=2)) == ["promote"] * 2
+
+
+def test_short_round_is_said(world: World) -> None:
+    """Training on fewer pairs than were wanted is told with the reasons."""
+    world.go(rounds=1, generate={"pairs": 50, "concurrency": 2, "dreamer": "slots", "general_share": 0,
+                                 "worked_examples": 0, "max_scenarios_per_pair": 1})  # fmt: skip
+    told = [event for event, _ in world.events if "stopped short at" in event]
+    assert len(told) == 1
+    assert "of 50 pairs (generate.max_scenarios_per_pair); dropped: near_duplicate" in told[0]
+
+
+def test_replay_is_what_the_policy_was_trained_on(world: World) -> None:
+    """Inconclusive rounds that trained with a promoted one count; a promoted round that the user left does not."""
+    world.skills = [skill_of(None), 1.0, 2.0, 3.0]
+    world.go(rounds=3)
+    assert {pair.clear.pair_id[:2] for pair in history.promoted_pairs(world.run)} == {"r1", "r2", "r3"}
+    history.roll_back(world.run, 2)
+    assert {pair.clear.pair_id[:2] for pair in history.promoted_pairs(world.run)} == {"r1", "r2"}
+    assert decisions(world.go(rounds=4))[-1] == "promote"
+    assert {pair.clear.pair_id[:2] for pair in history.promoted_pairs(world.run)} == {"r1", "r2", "r4"}
+
+
+def test_engines_rest_while_lm_eval_has_the_model(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads the policy a second time; afterwards the same weights are served."""
+    asked = []
+
+    def scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bool) -> dict[str, TaskScore]:
+        asked.append((tasks, weights, world.engine.resting))
+        return {"piqa": TaskScore(value=0.5, stderr=0.1)}
+
+    monkeypatch.setattr(rounds, "lm_scores", scores)
+    tiny = {"heldout_pairs": 4, "fresh_pairs": 1, "sampled_scenarios": 1, "retention_questions": 1}
+    assert decisions(world.go(rounds=1, eval={**tiny, "lm_eval_tasks": ["piqa"]})) == ["promote"]
+    assert asked == [(["piqa"], "model", True), (["piqa"], str(world.weights(1)), True)]
+    assert world.engine.loaded[-1] == world.weights(1)
 
 
 def test_ledger_is_told_the_length_of_replies(world: World) -> None:
@@ -556,6 +625,15 @@ def test_data_files_of_two_runs_get_ids_of_their_own(tmp_path: Path, make_pair) 
         assert texts[i].split()[-1] == texts[j].split()[-1]
 
 
+def test_two_pairs_of_one_id_in_a_file_are_refused(tmp_path: Path, make_pair) -> None:
+    """Files of two runs in one, in which the sides of different scenarios would be compared."""
+    data = tmp_path / "all.jsonl"
+    pairs = [make_pair("r1-1", "one"), make_pair("r1-1", "two")]
+    data.write_text("".join(row.model_dump_json() + "\n" for pair in pairs for row in (pair.clear, pair.flawed)))
+    with pytest.raises(DataError, match=r"2 contrast pairs are called 'r1-1'; give files of several runs one by one"):
+        read_contrast_pairs(data)
+
+
 def test_data_is_not_used_twice_when_rounds_are_added(world: World, make_pair) -> None:
     """A run that is continued with more rounds does not train again on pairs that an earlier round had."""
     data = [make_pair(f"own-{number}") for number in range(8)]
@@ -624,6 +702,7 @@ def test_the_command_runs_rounds(world: World, workplace: Path, make_pair) -> No
     assert world.used(2) == sorted(ids(pairs))
     assert stored(train(run)[1]) == stored(results)
     assert len(world.specs) == 2
+    assert {Path(spec.rows).is_absolute() for spec in world.specs} == {True}  # workers and engines live elsewhere
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def train_toy(
     rehearsed: Sequence[Rehearsed] = (),
     repaired: Sequence[Rehearsed] = (),
     weights: Path | None = None,
+    adapter: Path | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Runs one training step on the toy rows, KL measured on an unseen prompt; what it reported."""
@@ -68,6 +69,7 @@ def train_toy(
     spec = StepSpec(
         model=str(model), rows=str(path), out=str(out), train=config, served_dtype=served_dtype, sft=sft,
         rehearsed=list(rehearsed), repaired=list(repaired), weights=str(weights) if weights else None,
+        adapter=str(adapter) if adapter else None, probes=[Probe(messages=[user("x w")], reply="a b c")],
         heldout=[Probe(messages=[user("z w")], reply="a b c")],
     )  # fmt: skip
     run(spec, reports.append)

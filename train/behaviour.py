@@ -111,8 +111,8 @@ def pressed(scenario: Scenario) -> Asked:
     The judge is asked about the first prompt: the situation is there, and it was calibrated on single turns.
     """
     replies = scenario.side("flawed").examples["push_back"]
-    lines = prompts.lines("pressure")
-    first, second = (part.strip() for part in lines[scenario.seed % len(lines)].split("|", 1))
+    lines = prompts.halves("pressure")
+    first, second = lines[scenario.seed % len(lines)]
     messages = [
         *scenario.prompt("flawed"),
         assistant(replies[scenario.seed % len(replies)]),

@@ -186,23 +186,20 @@ def merge_adapters(
 ) -> PreTrainedModel:
     """The initial model with the adapter `end` merged in, rounded to `dtype`; `base` is used up.
 
-    `on_change` sees every parameter as it is with the adapter `start` and with `end` (None: without any), in float32.
+    `on_change` sees every parameter as it is with the adapter `start` (None: without any) and with `end`, in float32.
     """
-    if start is None and end is None:
+    if end is None:
         return rounded(base, dtype)
-    model = load_adapter(base, end or start or "", trainable=False)
-    if start is not None and end is not None:
+    model = load_adapter(base, end, trainable=False)
+    if start is not None:
         model.load_adapter(start, adapter_name="start")
     touched = set()
     for name, module in adapted_layers(model).items():
         layer = module.get_base_layer()
         initial = layer.weight.data.float()
-        with_default = initial + module.get_delta_weight("default").float()
-        after = with_default if end is not None else initial
+        after = initial + module.get_delta_weight("default").float()
         if on_change is not None:
-            before = with_default if end is None else initial
-            if start is not None and end is not None:
-                before = initial + module.get_delta_weight("start").float()
+            before = initial if start is None else initial + module.get_delta_weight("start").float()
             on_change(parameter_name(name), before, after)
         touched.add(id(layer.weight))
         layer.weight.data = as_served(parameter_name(name), after, dtype)

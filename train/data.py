@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from dream.config import TrainConfig
-from dream.errors import ConfigError
 from dream.records import ContrastPair, Message, PreferencePair, Record, assistant
 
 Pair = tuple[PreferencePair, PreferencePair]
@@ -94,15 +93,7 @@ def round_rows(
     follow each other, so that where a step's end does not part them the direction's words cancel, too. General rows are
     spread evenly. The last step may be short. The same seed gives the same rows. `sides` leaves out the rows of one
     side (a general row has a clear direction), which is what pairs are there to prevent.
-
-    Raises:
-        ConfigError: an odd `batch_size` cannot hold both sides of every scenario.
     """
-    if batch_size % 2:
-        raise ConfigError(
-            f"train.batch_size: {batch_size} is odd, but both sides of a scenario belong in one step; "
-            f"use {batch_size + 1}"
-        )
     rng = random.Random(seed)
     contrast = pairs + rng.sample(replay, min(len(replay), round(replay_share * len(pairs))))
     families: dict[str, list[ContrastPair]] = {}

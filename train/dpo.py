@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain, cycle
-from math import ceil, isfinite
+from math import isfinite
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ class ConservativeDPOTrainer(OwnSchedule, DPOTrainer):  # type: ignore[misc]  # 
 
     def _rehearsal(self, texts: Sequence[Remembered]) -> Iterator[Sequence[Remembered]]:
         """What each micro batch of this worker rehearses, without end; the workers share the texts as they do rows."""
-        each = ceil(self._train.rehearsal / self._micro_batches)
+        each = self._train.rehearsal // self._micro_batches
         batches = [texts[start : start + each] for start in range(0, len(texts), each)]
         workers = self.accelerator.num_processes
         return cycle(batches[self.accelerator.process_index :: workers] or batches)

@@ -68,6 +68,8 @@ class RoundEvaluation(Record):
     fresh: Evaluation | None
     behaviour: Behaviour = Behaviour()
     retention: Retention
+    fingerprint: str = ""
+    """Of the run as it was measured: of other templates or prompts the items are others and cannot be compared."""
 
     @property
     def retained(self) -> float | None:

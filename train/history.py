@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dream.errors import RunError
 from dream.records import ContrastPair, PreferencePair, Record
-from dream.store import contrast_pairs, read_json, read_log, write_json
+from dream.store import contrast_pairs, read_json, read_log, round_folder, round_folders, write_json
 from train.evals import RoundEvaluation
 from train.gate import Decision
 
@@ -51,7 +51,7 @@ class RoundResult(Record):
 
 def stored_evaluation(run: Path, number: int) -> RoundEvaluation:
     """The evaluation of a round that ended."""
-    return read_evaluation(run / f"round_{number:02d}" / "eval.json")
+    return read_evaluation(round_folder(run, number) / "eval.json")
 
 
 def read_evaluation(path: Path) -> RoundEvaluation:
@@ -73,18 +73,20 @@ def read_policy(run: Path) -> Policy:
         return Policy.model_validate(read_json(path)) if path.exists() else Policy()
     except ValidationError as error:
         raise RunError(
-            f"{path}: not a policy file; restore it, or remove it to begin from the initial model"
+            f"{path}: not a policy file; restore it, or remove it to have the policy that the gate files name"
         ) from error
 
 
 def finished_rounds(run: Path) -> list[RoundResult]:
     """The results of the rounds that ended, in order."""
     results = []
-    for path in sorted(run.glob("round_*/gate.json"), key=lambda path: int(path.parent.name.removeprefix("round_"))):
+    for path in (folder / "gate.json" for folder in round_folders(run).values()):
+        if not path.exists():
+            continue
         try:
             results.append(RoundResult.model_validate(read_json(path)))
         except ValidationError as error:
-            raise RunError(f"{path}: not a gate file; restore it, or remove it to decide the round again") from error
+            raise RunError(f"{path}: not a gate file of this version; restore it, or begin another run") from error
     return results
 
 
@@ -124,10 +126,9 @@ def roll_back(run: Path, number: int) -> Policy:
     there = sorted({0, *(result.round for result in results if result.decision.decision == "promote")})
     if number not in there:
         raise RunError(f"{run}: round {number} was not promoted; --to takes one of {', '.join(map(str, there))}")
-    unfinished = run / f"round_{len(results) + 1:02d}"
-    for name in ("train", "served.json", "eval.json"):  # these came from the policy that is left
-        if (unfinished / name).exists():
-            (unfinished / name).rename(unfinished / f"set_aside_{time.time_ns()}_{name}")
+    unfinished = round_folder(run, len(results) + 1)
+    if unfinished.exists():  # it came from the policy that is left
+        unfinished.rename(run / f"set_aside_{time.time_ns()}_{unfinished.name}")
     policy = trained_policy(run, number).model_copy(update={"as_of": len(results), "chosen_after": len(results)})
     write_json(run / "policy.json", policy.model_dump())
     return policy
@@ -149,23 +150,26 @@ def rejections(results: Sequence[RoundResult], policy: Policy) -> int:
 
 def stored_pairs(run: Path, number: int) -> list[ContrastPair]:
     """The contrast pairs of a round."""
-    return list(contrast_pairs(read_log(run / f"round_{number:02d}" / "pairs.jsonl", PreferencePair)))
+    return list(contrast_pairs(read_log(round_folder(run, number) / "pairs.jsonl", PreferencePair)))
 
 
 def undecided_pairs(run: Path) -> list[ContrastPair]:
     """The pairs of the inconclusive rounds since the last one that was decided: they train again, with new ones."""
-    pairs: list[ContrastPair] = []
-    for result in reversed(finished_rounds(run)):
-        if result.decision.conclusive:
-            break
-        pairs += stored_pairs(run, result.round)
-    return pairs
+    return [pair for number in _undecided(finished_rounds(run)) for pair in stored_pairs(run, number)]
 
 
 def promoted_pairs(run: Path) -> list[ContrastPair]:
-    """The pairs of all promoted rounds, for replay."""
-    pairs: list[ContrastPair] = []
-    for result in finished_rounds(run):
-        if result.decision.decision == "promote":
-            pairs += stored_pairs(run, result.round)
-    return pairs
+    """The pairs that the accepted policy was trained on, for replay: those of its round, of the undecided rounds before
+    it, which trained with it, and of the promoted ones that it comes from."""
+    results, number = finished_rounds(run), read_policy(run).round
+    taught: list[int] = []
+    while number:
+        taught = [*_undecided(results[: number - 1]), number, *taught]
+        number = results[number - 1].parent
+    return [pair for number in taught for pair in stored_pairs(run, number)]
+
+
+def _undecided(results: Sequence[RoundResult]) -> list[int]:
+    """The inconclusive rounds at the end of `results`, in order."""
+    last = max((number for number, result in enumerate(results, 1) if result.decision.conclusive), default=0)
+    return [result.round for result in results[last:]]

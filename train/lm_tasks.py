@@ -35,7 +35,7 @@ def check_installed(tasks: Sequence[str]) -> None:
         )
 
 
-def lm_scores(tasks: Sequence[str], weights: str) -> dict[str, TaskScore]:
+def lm_scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bool = False) -> dict[str, TaskScore]:
     """Scores of a model folder on the named tasks, in a process of its own; nothing for no tasks.
 
     Raises:
@@ -46,8 +46,9 @@ def lm_scores(tasks: Sequence[str], weights: str) -> dict[str, TaskScore]:
     if not tasks:
         return {}
     with tempfile.TemporaryDirectory() as folder:
+        model = f"pretrained={weights},trust_remote_code={trust_remote_code}"
         command = [
-            sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={weights}",
+            sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", model,
             "--tasks", ",".join(tasks), "--output_path", folder,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)

@@ -21,7 +21,7 @@ from dream.judge.combined import Judge
 from dream.records import ContrastPair, PreferencePair
 from dream.scenarios import eval_pairs
 from dream.stop import Stop
-from dream.store import Log, RoundStore, drop_reasons, read_json, read_log, write_json
+from dream.store import Log, RoundStore, drop_reasons, read_json, read_log, round_folder, write_json
 from dream.templates import Template
 from train.data import Probe, StepSpec, round_rows
 from train.evals import RoundEvaluation, evaluate_round, summary
@@ -40,7 +40,7 @@ from train.history import (
     trained_policy,
     undecided_pairs,
 )
-from train.lm_tasks import lm_scores
+from train.lm_tasks import TaskScore, lm_scores
 from train.rehearsal import rehearse
 
 Trainer = Callable[[StepSpec, Path], None]
@@ -85,6 +85,8 @@ class Loop(NamedTuple):
     """Pairs to train on instead of dreaming, shared out over the rounds."""
     stop: Stop | None = None
     """Whether the user asks to stop while a round is dreamed."""
+    fingerprint: str = ""
+    """Of configuration, templates and prompts; what was measured under another one is measured again."""
 
 
 async def run_rounds(loop: Loop) -> list[RoundResult]:
@@ -104,7 +106,9 @@ async def run_rounds(loop: Loop) -> list[RoundResult]:
                 f"{policy.round}` begins the count anew"
             )
             break
-        before = stored_evaluation(loop.run, policy.round) if policy.round else baseline
+        before = baseline
+        if policy.round:
+            before = await evaluation(loop, round_folder(loop.run, policy.round), policy, "measuring the policy")
         result = await one_round(loop, number, policy, before, rejected)
         policy = read_policy(loop.run)
         results.append(result)
@@ -114,7 +118,7 @@ async def run_rounds(loop: Loop) -> list[RoundResult]:
 
 async def one_round(loop: Loop, number: int, policy: Policy, before: RoundEvaluation, rejected: int) -> RoundResult:
     """One turn: dream with the policy, train a candidate, serve and measure it, promote it or go back."""
-    folder = loop.run / f"round_{number:02d}"
+    folder = round_folder(loop.run, number)
     await dream(loop, folder, number, policy)
     pairs = stored_pairs(loop.run, number)
     dropped = drop_reasons(folder)
@@ -165,6 +169,12 @@ async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
         if not store.pairs:
             reasons = ", ".join(f"{reason} {count}" for reason, count in drop_reasons(folder).items())
             raise DataError(f"round {number}: no pair was accepted ({reasons}); see {folder / 'dropped.jsonl'}")
+        if not loop.data and len(store.pairs) < loop.config.generate.pairs:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in drop_reasons(folder).items())
+            loop.reporter.line(
+                f"round {number}: stopped short at {len(store.pairs)} of {loop.config.generate.pairs} pairs "
+                f"(generate.max_scenarios_per_pair); dropped: {reasons}"
+            )
     finally:
         store.close()
 
@@ -202,6 +212,7 @@ async def train_candidate(
         )  # fmt: skip
         steps = ceil(len(rows) / config.batch_size)
         rehearsed, repaired = await rehearse(loop.engine, config, steps, loop.config.round_seed(number))
+        write_json(folder / "probes.json", [probe.model_dump() for probe in probes(loop.templates)])
         (folder / "rows.jsonl").unlink(missing_ok=True)
         log = Log(folder / "rows.jsonl")
         log.append(*rows)
@@ -217,7 +228,7 @@ async def train_candidate(
             seed=loop.config.round_seed(number) % 2**32,  # as large as numpy takes
             served_dtype=loop.config.engine.dtype,
             trust_remote_code=loop.config.engine.trust_remote_code,
-            probes=probes(loop.templates),
+            probes=stored_probes(folder),
             heldout=heldout_texts(loop.templates, loop.config.seed),
             rehearsed=rehearsed,
             repaired=repaired,
@@ -225,7 +236,7 @@ async def train_candidate(
             ray_address=loop.config.ray.address,
         )
         await loop.engine.rest()
-        loop.train(spec, folder)
+        await asyncio.to_thread(loop.train, spec, folder)  # an engine that comes up meanwhile is put to rest, too
     loop.reporter.trained(str(read_json(out / "ledger.json")["summary"]))
     return trained_policy(loop.run, number)
 
@@ -241,9 +252,11 @@ async def prove_served(loop: Loop, folder: Path) -> None:
     Raises:
         TrainingError: the engine's log-probabilities differ from the trainer's by more than rounding explains.
     """
-    texts = probes(loop.templates)
+    texts = stored_probes(folder)
     trained = read_json(folder / "train" / "probes.json")
-    served = [mean((await loop.engine.score(probe.messages, [probe.reply]))[0]) for probe in texts]
+    # All at once, so that every replica gets some.
+    scores = await asyncio.gather(*(loop.engine.score(probe.messages, [probe.reply]) for probe in texts))
+    served = [mean(score[0]) for score in scores]
     changed = max(abs(a - b) for a, b in zip(trained["after"], trained["before"], strict=True))
     apart = max(abs(a - b) for a, b in zip(trained["after"], served, strict=True))
     write_json(folder / "served.json", {**trained, "served": served, "largest_change": changed, "apart": apart})
@@ -258,13 +271,19 @@ async def prove_served(loop: Loop, folder: Path) -> None:
 async def evaluation(loop: Loop, folder: Path, policy: Policy, stage: str) -> RoundEvaluation:
     """The evaluation of the served policy, kept in the folder's eval.json."""
     path = folder / "eval.json"
-    if not path.exists():
+    if not path.exists() or read_evaluation(path).fingerprint != loop.fingerprint:
         loop.reporter.stage(stage)
         measured = await evaluate_round(loop.engine, loop.judge, loop.templates, loop.config)
         weights = str(loop.run / policy.weights) if policy.weights else loop.model
-        tasks = await asyncio.to_thread(lm_scores, loop.config.eval.lm_eval_tasks, weights)
+        tasks: dict[str, TaskScore] = {}
+        if names := loop.config.eval.lm_eval_tasks:
+            await loop.engine.rest()  # lm-eval loads the policy a second time
+            trust = loop.config.engine.trust_remote_code
+            tasks = await asyncio.to_thread(lm_scores, names, weights, trust_remote_code=trust)
+            await serve(loop, policy)
         kept = measured.retention.model_copy(update={"tasks": tasks})
-        write_json(path, measured.model_copy(update={"retention": kept}).model_dump())
+        found = measured.model_copy(update={"retention": kept, "fingerprint": loop.fingerprint})
+        write_json(path, found.model_dump())
     return read_evaluation(path)
 
 
@@ -275,8 +294,13 @@ def note_reply_length(path: Path, before: RoundEvaluation, after: RoundEvaluatio
 
 
 def probes(templates: Sequence[Template]) -> list[Probe]:
-    """Fixed texts, two a side, whose likelihood must change in the engine as in the trainer."""
+    """Fixed texts, four a side, whose likelihood must change in the engine as in the trainer."""
     return _right_replies([template for template in templates if template.front.split == "train"], 4, seed=0)
+
+
+def stored_probes(folder: Path) -> list[Probe]:
+    """Those that a round was trained beside, whatever became of the templates since."""
+    return [Probe.model_validate(probe) for probe in read_json(folder / "probes.json")]
 
 
 def heldout_texts(templates: Sequence[Template], seed: int) -> list[Probe]:

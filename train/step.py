@@ -190,7 +190,7 @@ def served_before(spec: StepSpec, tokenizer: Any, dtype: torch.dtype) -> list[fl
     if spec.train.method == "full" and spec.weights:
         served = rounded(load_model(spec.weights, "auto", spec.trust_remote_code), dtype, trained=True)
     else:
-        served = merge_adapters(load_model(spec.model, "auto", spec.trust_remote_code), spec.adapter, None, dtype)
+        served = merge_adapters(load_model(spec.model, "auto", spec.trust_remote_code), None, spec.adapter, dtype)
     return probe_scores(served, tokenizer, spec.probes)
 
 

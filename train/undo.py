@@ -20,7 +20,7 @@ from dream.config import Config
 from dream.errors import ConfigError, DataError, RunError
 from dream.records import RIGHT_STANCE, WRONG_STANCE, EvalPair, PreferencePair, Record, assistant
 from dream.scenarios import eval_pairs
-from dream.store import Log, read_json, read_log, write_json
+from dream.store import Log, read_json, read_log, round_folder, write_json
 from dream.templates import Template
 from train.child import carry_out
 from train.data import Encoded, StepSpec, chat_ids, encode, with_other_sides
@@ -90,7 +90,7 @@ def prepare(run: Path, config: Config, templates: Sequence[Template], model: str
     log.append(*opposite(eval_pairs(trained, LIMIT, config.seed * 10_000 + OPPOSITE)))
     log.close()
     weights = policy.masters or policy.weights
-    trained_with = read_json(run / f"round_{policy.round:02d}" / "train" / "ledger.json")
+    trained_with = read_json(round_folder(run, policy.round) / "train" / "ledger.json")
     return UndoSpec(
         model=model,
         adapter=str(run / policy.adapter) if policy.adapter else None,
