@@ -26,7 +26,7 @@ from dream.judge.combined import calibrated
 from dream.judge.likelihood import LETTERS, RUBRIC, Contrast, Rubric, rotations, rubric_prompt
 from dream.judge.planted import planted
 from dream.judge.question import Labelled, Question
-from dream.judge.server import PATIENCE, UNSEEN, Server, read_letters
+from dream.judge.server import GONE, PATIENCE, UNSEEN, Server, read_letters
 from dream.judge.transcript import CONTROL, neutral, visible
 from dream.records import Message, user
 
@@ -334,6 +334,20 @@ def test_dead_server_is_not_asked_to_the_end(fake: Fake) -> None:
     assert np.isnan(dead).all()
     assert sent == PATIENCE
     assert np.isfinite(alive).all()
+
+
+def test_server_that_stays_dead_ends_the_run(fake: Fake) -> None:
+    """Batches of one question, as while dreaming, are each too short to give the server up; all together are not."""
+    fake.script = lambda asked: Answer({}, 500)
+
+    async def dreaming() -> None:
+        signal = Server(fake.config(max_retries=0))
+        while True:
+            assert np.isnan(await signal.measure([QUESTION])).all()
+
+    with pytest.raises(JudgeError, match=rf"none of the last {GONE} requests .*500.*go on with the same command"):
+        asyncio.run(dreaming())
+    assert GONE <= len(fake.asked) < GONE + 3
 
 
 def test_never_more_requests_than_slots(fake: Fake) -> None:

@@ -27,6 +27,8 @@ TOP_LOGPROBS = 20
 """Likeliest tokens to ask for: the most that OpenAI and an unconfigured `vllm serve` give."""
 PATIENCE = 8
 """Requests in a row that may fail after all their retries; the rest of the batch is not sent to a dead server."""
+GONE = 64
+"""Requests in a row, over all batches, after which the server is gone: scenarios would be used up without a verdict."""
 LONGEST_WAIT_S = 120.0
 """Before a retry: the longest `Retry-After` that the library honours."""
 _HINTS = {401: "judge.server.api_key_env", 403: "judge.server.api_key_env", 404: "judge.server.base_url and model"}
@@ -56,7 +58,7 @@ class Server:
         self._patience_s = (config.max_retries + 1) * (config.timeout_s + LONGEST_WAIT_S)
         self._slots = asyncio.Semaphore(config.concurrency)
         self._answered = False
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = self._unanswered = 0
 
     def fit(self, examples: Sequence[Labelled]) -> None:
         """Nothing to learn."""
@@ -65,7 +67,7 @@ class Server:
         """Log-odds against `comply`, shape (questions, 2); nan where the server gave no usable answer.
 
         Raises:
-            JudgeError: the server refuses the key, the model, or the first request.
+            JudgeError: the server refuses the key, the model, or the first request, or has been gone for long.
         """
         self._failed_in_a_row = 0
 
@@ -100,15 +102,25 @@ class Server:
         except openai.APIStatusError as error:
             if self._is_refusal(error.status_code):
                 raise self._refusal(error) from None  # the library's own text may hold the key
-            self._failed_in_a_row += error.status_code >= 500
+            if error.status_code >= 500:
+                self._failed(f"status {error.status_code}")
             return None
-        except (openai.OpenAIError, TimeoutError, ValueError, RecursionError):  # none in time, or no JSON
-            self._failed_in_a_row += 1
+        except (openai.OpenAIError, TimeoutError, ValueError, RecursionError) as error:  # none in time, or no JSON
+            self._failed(type(error).__name__)
             return None
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = self._unanswered = 0
         letters = read_letters(answer)
         self._answered = self._answered or letters is not None
         return letters
+
+    def _failed(self, why: str) -> None:
+        self._failed_in_a_row += 1
+        self._unanswered += 1
+        if self._unanswered >= GONE:
+            raise JudgeError(
+                f"judge.server {self._config.base_url} answered none of the last {GONE} requests (the last: {why}); "
+                "bring it back, then go on with the same command"
+            )
 
     def _is_refusal(self, status: int) -> bool:
         """Whether a status is about the configuration.
