@@ -11,6 +11,7 @@ import typer.core
 from typer.exceptions import TyperException
 
 from dream.errors import ConfigError, DataError, DreamError, Stopped
+from dream.paths import own_train_package
 
 
 class _Group(typer.core.TyperGroup):
@@ -63,6 +64,7 @@ ChangedOption = Annotated[
 def main() -> None:
     """The entry point: errors become one line and an exit code."""
     try:
+        own_train_package()
         sys.exit(app(standalone_mode=False))
     except DreamError as error:
         print(f"error: {error}", file=sys.stderr)

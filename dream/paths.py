@@ -1,9 +1,10 @@
 """Where prompts, configs and models are found: the working directory first, then what travels with the package."""
 
+import importlib.util
 import os
 from pathlib import Path
 
-from dream.errors import ConfigError
+from dream.errors import ConfigError, DreamError
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -31,3 +32,16 @@ def model_cache() -> Path:
     if (_PACKAGE.parent / "pyproject.toml").is_file():
         return _PACKAGE.parent / "models"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dream"
+
+
+def own_train_package() -> None:
+    """Makes sure that `import train` means ours.
+
+    Raises:
+        DreamError: another module of that name comes first.
+    """
+    spec = importlib.util.find_spec("train")
+    ours = _PACKAGE.parent / "train" / "__init__.py"
+    if spec is None or spec.origin is None or Path(spec.origin).resolve() != ours:
+        where = spec.origin if spec else "nowhere"
+        raise DreamError(f"`import train` finds {where}, not {ours}; rename that file or work in another folder")

@@ -1,7 +1,6 @@
 """What the commands that need a model do: open an engine, a judge and a run, and carry one task out."""
 
 import asyncio
-import importlib.util
 import json
 import os
 import shutil
@@ -147,7 +146,6 @@ def train(
     trainer: "Callable[[StepSpec, Path], None] | None" = None,
 ) -> "tuple[Path, list[RoundResult]]":
     """Runs the rounds; the run folder and the result of each round."""
-    own_train_package()
     from dream.embed import minilm
     from dream.inputs import read_data
     from train.lm_tasks import check_installed
@@ -217,19 +215,6 @@ def train_in_child(
         raise TrainingError(f"training ended with code {child.returncode}: {why} (see {folder / 'train.log'})")
 
 
-def own_train_package() -> None:
-    """Makes sure that `import train` means ours.
-
-    Raises:
-        DreamError: another module of that name comes first.
-    """
-    spec = importlib.util.find_spec("train")
-    ours = Path(__file__).resolve().parent.parent / "train" / "__init__.py"
-    if spec is None or spec.origin is None or Path(spec.origin).resolve() != ours:
-        where = spec.origin if spec else "nowhere"
-        raise DreamError(f"`import train` finds {where}, not {ours}; rename that file or work in another folder")
-
-
 def evaluate(
     config: Config,
     weights: Path | None,
@@ -269,7 +254,6 @@ def undo(config: Config, run: Path, terminal: Terminal) -> "UndoResult":
 
     When the child fails, its temporary folder stays, as the message names the log in it.
     """
-    own_train_package()
     from train.undo import UndoResult, prepare
 
     loaded = templates.selected(templates.load_all(), config.generate.templates)

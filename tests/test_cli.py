@@ -493,6 +493,16 @@ def test_runs_list_passes_over_what_is_damaged(dream: Dream, train_run) -> None:
     assert "policy unreadable" in " ".join(result.out.split())
 
 
+def test_another_train_module_is_named(tmp_path: Path) -> None:
+    """A train.py where the command is run comes first when Python looks there; every command says so in one line."""
+    (tmp_path / "train.py").write_text("")
+    command = [sys.executable, "-m", "dream.cli", "runs", "list"]
+    child = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert child.returncode == 1
+    assert child.stderr.startswith(f"error: `import train` finds {tmp_path / 'train.py'}, not ")
+    assert len(child.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("words", [("nope",), ("train", "--nope"), ("train", "--rounds", "x"), ("report",)])
 def test_words_that_are_none_are_one_line(refused: Callable, words: tuple[str, ...]) -> None:
     """No such command, option or value, or a missing one: a line that says so and where to look."""
