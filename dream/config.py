@@ -264,8 +264,10 @@ class TrainConfig(Section):
     repair_steps: int = Field(0, ge=0)
     """Steps of rehearsal alone, `batch_size` texts each, after those on pairs: they give back what the pairs took and
     hardly touch what they taught (docs/LOG.md)."""
-    repair_sums: float = Field(0.75, ge=0, le=1)
+    repair_sums: float = Field(0.5, ge=0, le=1)
     "Share of these texts that are sums of small numbers with short right answers, what a small model loses first."
+    repair_forms: float = Field(0.25, ge=0, le=1)
+    "Share of them that ask for a form (one word, a list, JSON), with an answer that keeps it."
     repair_learning_rate: float = Field(5e-5, gt=0)
     "Of these steps."
     repair_epsilon: float = Field(3e-5, gt=0)
@@ -338,6 +340,9 @@ class GateConfig(Section):
     "The interval of the gain in crossed margin (fresh and held-out scenarios together) must lie above this."
     min_pair_accuracy_gain: float = Field(0.0, ge=0, lt=1)
     "Or that of the gain in crossed pair accuracy above this."
+    max_margin_drop: float = Field(0.02, ge=0)
+    """Fall of the crossed margin that is allowed, in nats a token, of unseen and of trained kinds each: many scenarios
+    tell from chance what no reply would show."""
     max_pair_accuracy_drop: float = Field(0.02, ge=0, le=1)
     "Fall of held-out crossed pair accuracy that is allowed."
     max_stance_drop: float = Field(0.02, ge=0, le=1)
@@ -395,6 +400,8 @@ class Config(Section):
             raise ValueError("train.batch_size must be a multiple of train.micro_batch_size times train.workers")
         if self.train.batch_size % 2:
             raise ValueError("train.batch_size must be even, as both sides of a scenario belong in one step")
+        if self.train.repair_sums + self.train.repair_forms > 1:
+            raise ValueError("train.repair_sums and train.repair_forms are shares of the same texts; lower one")
         if self.train.rehearsal % (self.train.batch_size // self.train.micro_batch_size):
             raise ValueError(
                 "train.rehearsal must be a multiple of train.batch_size / train.micro_batch_size, as each micro batch "

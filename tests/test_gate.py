@@ -302,11 +302,13 @@ def test_noise_neither_promotes_nor_rejects() -> None:
 
 def test_a_gain_on_trained_kinds_does_not_pay_for_unseen_ones() -> None:
     """A candidate that rises on fresh draws of trained kinds and falls on held-out ones is sent back."""
-    before, better, worse = measured(), measured(rise=2.0), measured(rise=-0.02)
+    before, better, worse = measured(), measured(rise=2.0), measured(rise=-0.03)
     after = worse.model_copy(update={"fresh": better.heldout})
     assert failed(decide(before, after, CONFIG)) == ["heldout_margin"]
     after = better.model_copy(update={"fresh": worse.heldout})
     assert failed(decide(before, after, CONFIG)) == ["fresh_margin"]
+    after = better.model_copy(update={"heldout": measured(rise=-0.01).heldout})  # beyond chance, and next to nothing
+    assert decide(before, after, CONFIG).decision == "promote"
 
 
 def test_a_margin_that_fell_is_conclusive() -> None:

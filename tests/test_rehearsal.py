@@ -11,7 +11,7 @@ from dream.engine import ScriptedEngine
 from dream.inputs import read_user_rows
 from dream.paths import data_folder
 from train.instructions import instructions
-from train.rehearsal import rehearse, requests, sums
+from train.rehearsal import forms, rehearse, requests, sums
 from train.retention import Fact, Neutral, questions
 
 
@@ -60,16 +60,27 @@ def test_answers_are_the_policys_own() -> None:
     assert all(text.finished for text in texts)
 
 
-def test_a_repair_has_some_of_both() -> None:
-    """Sixteen texts for each of ten steps, three in four of them sums, mixed so that no step is without either."""
+def test_a_repair_has_some_of_all() -> None:
+    """Sixteen texts for each of ten steps, half of them sums, a quarter forms, mixed so that no step is all of one."""
     engine = ScriptedEngine(lambda messages, number: "I say so.")
     during, after = asyncio.run(rehearse(engine, TrainConfig(rehearsal=2, repair_steps=10), 5, 1))
     assert len(during) == 10
     assert {text.reply for text in during} == {"I say so."}
     assert len(after) == 160
+    assert sum(re.fullmatch(r"\d+ [+-] \d+ = \d+", text.reply) is not None for text in after) == 80
     assert sum(text.reply == "I say so." for text in after) == 40
     for start in range(0, 160, 16):
         assert 0 < sum(text.reply == "I say so." for text in after[start : start + 16]) < 16
+
+
+def test_forms_are_kept_and_asked_in_words_of_their_own() -> None:
+    """What is rehearsed is nowhere what is measured; among the answers all kinds of form are."""
+    measured = {one.text.lower() for one in instructions(400, 1)}
+    rehearsed = forms(1_000, 3)
+    assert len({text.messages[0]["content"] for text in rehearsed}) > 60
+    assert not measured & {text.messages[0]["content"].lower() for text in rehearsed}
+    answers = {text.reply for text in rehearsed}
+    assert {"Milk", "No", "8", "- tea\n- juice", "LEMON", '{"animal": "dog", "legs": 4}'} <= answers
 
 
 def test_nothing_is_repaired_unless_asked_for() -> None:

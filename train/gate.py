@@ -192,13 +192,14 @@ def _judgement(both: Both, config: GateConfig) -> list[Check]:
     """Telling the sides apart: on unseen kinds of flaw, and on new draws of trained ones."""
     before, after = (one.heldout.items for one in both)
     looks = [
-        ("heldout_margin", Items(before["margin"], after["margin"]), 0.0, "judgement on unseen kinds fell"),
+        ("heldout_margin", Items(before["margin"], after["margin"]), config.max_margin_drop,
+         "judgement on unseen kinds fell"),
         ("pair_accuracy", Items(before["pair_right"], after["pair_right"]), config.max_pair_accuracy_drop,
          "held-out pair accuracy fell"),
     ]  # fmt: skip
     if both[0].fresh and both[1].fresh:
         fresh = Items(both[0].fresh.items["margin"], both[1].fresh.items["margin"])
-        looks.append(("fresh_margin", fresh, 0.0, "judgement on trained kinds fell"))
+        looks.append(("fresh_margin", fresh, config.max_margin_drop, "judgement on trained kinds fell"))
     return [no_fall(*look, config.confidence) for look in looks]
 
 

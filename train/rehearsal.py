@@ -1,17 +1,23 @@
 """What keeps a policy as it is where no pair speaks: texts of which it is to think as the initial model does.
 
-They are ordinary requests with the policy's own answers, right or wrong, and, after the pairs, sums. Distilled from
+They are ordinary requests with the policy's own answers, right or wrong, and, after the pairs, sums and requests for
+a form with short right answers. Distilled from
 itself (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282) on texts of its own making (self-synthesised
 rehearsal; Huang et al. 2024, arXiv 2403.01244).
 """
 
 import asyncio
+import itertools
 import random
+
+from pydantic import Field
 
 from dream import prompts
 from dream.config import TrainConfig
 from dream.engine import Engine, Sampling
-from dream.records import user
+from dream.inputs import read_user_rows
+from dream.paths import data_folder
+from dream.records import Record, user
 from train.data import Rehearsed
 from train.retention import LARGEST, drawn_sum
 
@@ -32,12 +38,29 @@ async def rehearse(
 
     beside = train.rehearsal * steps
     repaired = train.batch_size * train.repair_steps
-    short = round(train.repair_sums * repaired)
-    answers = await asyncio.gather(*map(answered, requests(beside + repaired - short, seed)))
+    short = sums(round(train.repair_sums * repaired), seed) + forms(round(train.repair_forms * repaired), seed)
+    answers = await asyncio.gather(*map(answered, requests(beside + max(0, repaired - len(short)), seed)))
     during, after = ([text for text in part if text.reply.strip()] for part in (answers[:beside], answers[beside:]))
-    after += sums(short, seed)
+    after += short
     random.Random(f"rehearsal/order/{seed}").shuffle(after)
     return during, after
+
+
+class Form(Record):
+    """A row of prompts/rehearsal/forms.jsonl."""
+
+    request: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+
+
+def forms(count: int, seed: int) -> list[Rehearsed]:
+    """`count` requests for a form, none in the words of train/instructions.py, each with an answer that keeps it."""
+    rows = read_user_rows(data_folder("prompts") / "rehearsal" / "forms.jsonl", Form) if count else []
+    random.Random(f"rehearsal/forms/{seed}").shuffle(rows)
+    return [
+        Rehearsed(messages=[user(row.request)], reply=row.answer, finished=True)
+        for row in itertools.islice(itertools.cycle(rows), count)
+    ]
 
 
 def requests(count: int, seed: int) -> list[str]:
