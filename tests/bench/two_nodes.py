@@ -83,6 +83,8 @@ async def compare() -> bool:
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         connect(cluster.address)
+        few = config.model_copy(update={"generate": config.generate.model_copy(update={"pairs": 2})})
+        await dreamed("unmeasured, to be warm", cluster, 1, judge, templates, few, joins=False)
         one, pairs = await dreamed("one node", cluster, 1, judge, templates, config, joins=False)
         await dreamed("one node, and one that joins", cluster, 2, judge, templates, config, joins=True)
         cluster.wait_for_nodes()
