@@ -1,8 +1,8 @@
 """What an engine and a training step will take of a device's memory: arithmetic, before anything starts.
 
 The formulas are those of a Llama-like decoder (arXiv 2302.13971: grouped-query attention, gated MLP, RMS norms, no
-biases) and of what `train.step` and `dream.vllm_engine` really allocate. Trained in float32 on a CPU they were compared
-with measured peaks (docs/SCALE.md). All sizes are bytes; nothing here imports torch or looks at the machine.
+biases) and of what `train.step` and `dream.vllm_engine` really allocate. On a CPU they were compared with measured
+peaks (docs/SCALE.md). All sizes are bytes; nothing here imports torch or looks at the machine.
 
 Not covered: mixtures of experts and recurrent layers (refused), quantised weights, vision towers, a second engine for
 `judge.model`; biases and further norms of other families, which weigh less than one part in a thousand.
@@ -25,6 +25,9 @@ COMBINATIONS = (("lora", "adamw_torch"), ("full", "adamw_torch"), ("full", "apol
 """`train.method` and `train.optim` that a configuration may name together."""
 PROCESS = GIB
 """Libraries and what they keep: of a Python process with torch on a CPU, of a CUDA context with its graphs on a GPU."""
+HEAP = 0.6
+"""What malloc holds beside the activations, as a share of them, in mixed precision on a CPU: casts that come and go lie
+between what is kept, so that their room is not one piece (measured, docs/LOG.md)."""
 BATCHED_TOKENS = 2048
 """Tokens that vLLM computes in one step, its `max_num_batched_tokens` when nothing else is asked for."""
 DRIFT_TOKENS = 320
@@ -253,7 +256,9 @@ def trainer_plan(shape: ModelShape, train: TrainConfig, served: str, device: Dev
     workers, sharded = train.workers, train.fsdp and full and not apollo
     copies = 1 if sharded else workers
     weights = shape.parameters * (2 if mixed and not full else 4) * copies
-    kept = activations(shape, train, device, batch) + (0 if device.gpu else 8 * DRIFT_TOKENS * shape.vocab)
+    kept = activations(shape, train, device, batch)
+    if not device.gpu:
+        kept += (int(HEAP * kept) if mixed else 0) + 8 * DRIFT_TOKENS * shape.vocab
     beside = 0 if full else 16 * shape.embedding * workers
     if sharded:
         layer = sum(rows * columns for rows, columns in shape.linears.values())
