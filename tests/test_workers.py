@@ -39,7 +39,7 @@ def test_two_workers_with_a_part_of_the_weights_each_train_as_one_does(tmp_path:
     through a warm-up, with what is rehearsed and repaired, gradients that are clipped, and drift at each step."""
     build_toy(tmp_path / "model", tied=True)
     settings = {"method": "full", "learning_rate": 1e-3, "batch_size": 8, "sft": True, "sft_learning_rate": 1e-4,
-                "rehearsed": [Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)], "rehearsal": 2,
+                "rehearsed": [Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)], "rehearsal": 4,
                 "repaired": [Rehearsed(messages=[user("s r q")], reply="a b", finished=True)] * 8, "repair_steps": 1,
                 "max_grad_norm": 0.1, "budget_steps": 1}  # fmt: skip
     alone = train_toy(tmp_path / "model", tmp_path / "alone", **settings)
