@@ -148,7 +148,7 @@ def check(place: Path, rounds: int = ROUNDS) -> None:
     assert len(list(contrast_pairs(rows))) == PAIRS * rounds
     assert len({(row.meta["template"], row.meta["seed"]) for row in rows}) == PAIRS * rounds
     for n in numbers:
-        check_round(run / f"round_{n:02d}", f"run/round_{n - 1:02d}/train/adapter" if n > 1 else None)
+        check_round(run / f"round_{n:02d}", str(run / f"round_{n - 1:02d}/train/adapter") if n > 1 else None)
 
 
 def check_round(folder: Path, adapter: str | None) -> None:

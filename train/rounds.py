@@ -236,7 +236,7 @@ async def train_candidate(
             ray_address=loop.config.ray.address,
         )
         await loop.engine.rest()
-        await asyncio.to_thread(loop.train, spec, folder)  # an engine that comes up meanwhile is put to rest, too
+        loop.train(spec, folder)
     loop.reporter.trained(str(read_json(out / "ledger.json")["summary"]))
     return trained_policy(loop.run, number)
 
