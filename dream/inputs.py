@@ -112,15 +112,15 @@ def read_contrast_pairs(path: Path) -> list[ContrastPair]:
         DataError: a bad row, no whole pair, or two under one id.
     """
     pairs = list(contrast_pairs(read_user_rows(path, PreferencePair)))
-    (often, times), *_ = [*Counter(pair.clear.pair_id for pair in pairs).most_common(1), ("", 0)]
-    if times > 1:
-        raise DataError(
-            f"{path}: {times} contrast pairs are called {often!r}; give files of several runs one by one, "
-            "--data A --data B"
-        )
     if not pairs:
         raise DataError(
             f"{path}: no contrast pair; each pair_id needs a clear and a flawed row (rows of `dream logs import` have "
             "one side only: train on them with TRL)"
+        )
+    [(often, times)] = Counter(pair.clear.pair_id for pair in pairs).most_common(1)
+    if times > 1:
+        raise DataError(
+            f"{path}: {times} contrast pairs are called {often!r}; give files of several runs one by one, "
+            "--data A --data B"
         )
     return pairs

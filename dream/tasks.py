@@ -165,22 +165,11 @@ def train(
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             run.note("judge", judge.quality.model_dump())
             step = trainer or (lambda spec, folder: train_in_child(spec, folder, terminal.training, stop=stop))
-            return await run_rounds(
-                Loop(
-                    run.path,
-                    engine,
-                    judge,
-                    loaded,
-                    config,
-                    model,
-                    step,
-                    terminal,
-                    minilm(),
-                    pairs,
-                    stop,
-                    run.manifest["fingerprint"],
-                )
-            )
+            loop = Loop(
+                run.path, engine, judge, loaded, config, model, step, terminal, minilm(),
+                data=pairs, stop=stop, fingerprint=run.manifest["fingerprint"],
+            )  # fmt: skip
+            return await run_rounds(loop)
 
     with store.RunFolder(path, manifest("train", config, config_file, loaded, data), allow_template_change) as run:
         return path, stop.run(work(run))

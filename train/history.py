@@ -106,7 +106,7 @@ def trained_policy(run: Path, number: int) -> Policy:
     """The policy that a round's training left; 0 is the initial model."""
     if number == 0:
         return Policy()
-    out = Path(f"round_{number:02d}") / "train"
+    out = round_folder(Path(), number) / "train"
     return Policy(
         round=number,
         as_of=number,

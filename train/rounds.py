@@ -166,11 +166,10 @@ async def dream(loop: Loop, folder: Path, number: int, policy: Policy) -> None:
             raise DataError(
                 f"round {number}: earlier rounds used up the {len(loop.data)} pairs of --data; begin a run with more"
             )
-        if not store.pairs:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in drop_reasons(folder).items())
-            raise DataError(f"round {number}: no pair was accepted ({reasons}); see {folder / 'dropped.jsonl'}")
         if not loop.data and len(store.pairs) < loop.config.generate.pairs:
             reasons = ", ".join(f"{reason} {count}" for reason, count in drop_reasons(folder).items())
+            if not store.pairs:
+                raise DataError(f"round {number}: no pair was accepted ({reasons}); see {folder / 'dropped.jsonl'}")
             loop.reporter.line(
                 f"round {number}: stopped short at {len(store.pairs)} of {loop.config.generate.pairs} pairs "
                 f"(generate.max_scenarios_per_pair); dropped: {reasons}"
@@ -212,7 +211,8 @@ async def train_candidate(
         )  # fmt: skip
         steps = ceil(len(rows) / config.batch_size)
         rehearsed, repaired = await rehearse(loop.engine, config, steps, loop.config.round_seed(number))
-        write_json(folder / "probes.json", [probe.model_dump() for probe in probes(loop.templates)])
+        proofs = probes(loop.templates)
+        write_json(folder / "probes.json", [probe.model_dump() for probe in proofs])
         (folder / "rows.jsonl").unlink(missing_ok=True)
         log = Log(folder / "rows.jsonl")
         log.append(*rows)
@@ -228,7 +228,7 @@ async def train_candidate(
             seed=loop.config.round_seed(number) % 2**32,  # as large as numpy takes
             served_dtype=loop.config.engine.dtype,
             trust_remote_code=loop.config.engine.trust_remote_code,
-            probes=stored_probes(folder),
+            probes=proofs,
             heldout=heldout_texts(loop.templates, loop.config.seed),
             rehearsed=rehearsed,
             repaired=repaired,
@@ -252,7 +252,9 @@ async def prove_served(loop: Loop, folder: Path) -> None:
     Raises:
         TrainingError: the engine's log-probabilities differ from the trainer's by more than rounding explains.
     """
-    texts = stored_probes(folder)
+    texts = [
+        Probe.model_validate(probe) for probe in read_json(folder / "probes.json")
+    ]  # templates may be edited since
     trained = read_json(folder / "train" / "probes.json")
     # All at once, so that every replica gets some.
     scores = await asyncio.gather(*(loop.engine.score(probe.messages, [probe.reply]) for probe in texts))
@@ -271,19 +273,19 @@ async def prove_served(loop: Loop, folder: Path) -> None:
 async def evaluation(loop: Loop, folder: Path, policy: Policy, stage: str) -> RoundEvaluation:
     """The evaluation of the served policy, kept in the folder's eval.json."""
     path = folder / "eval.json"
-    if not path.exists() or read_evaluation(path).fingerprint != loop.fingerprint:
-        loop.reporter.stage(stage)
-        measured = await evaluate_round(loop.engine, loop.judge, loop.templates, loop.config)
-        weights = str(loop.run / policy.weights) if policy.weights else loop.model
-        tasks: dict[str, TaskScore] = {}
-        if names := loop.config.eval.lm_eval_tasks:
-            await loop.engine.rest()  # lm-eval loads the policy a second time
-            trust = loop.config.engine.trust_remote_code
-            tasks = await asyncio.to_thread(lm_scores, names, weights, trust_remote_code=trust)
-            await serve(loop, policy)
-        kept = measured.retention.model_copy(update={"tasks": tasks})
-        found = measured.model_copy(update={"retention": kept, "fingerprint": loop.fingerprint})
-        write_json(path, found.model_dump())
+    if path.exists() and (stored := read_evaluation(path)).fingerprint == loop.fingerprint:
+        return stored
+    loop.reporter.stage(stage)
+    measured = await evaluate_round(loop.engine, loop.judge, loop.templates, loop.config)
+    weights = str(loop.run / policy.weights) if policy.weights else loop.model
+    tasks: dict[str, TaskScore] = {}
+    if names := loop.config.eval.lm_eval_tasks:
+        await loop.engine.rest()  # lm-eval loads the policy a second time
+        trust = loop.config.engine.trust_remote_code
+        tasks = await asyncio.to_thread(lm_scores, names, weights, trust_remote_code=trust)
+        await serve(loop, policy)
+    kept = measured.retention.model_copy(update={"tasks": tasks})
+    write_json(path, measured.model_copy(update={"retention": kept, "fingerprint": loop.fingerprint}).model_dump())
     return read_evaluation(path)
 
 
@@ -296,11 +298,6 @@ def note_reply_length(path: Path, before: RoundEvaluation, after: RoundEvaluatio
 def probes(templates: Sequence[Template]) -> list[Probe]:
     """Fixed texts, four a side, whose likelihood must change in the engine as in the trainer."""
     return _right_replies([template for template in templates if template.front.split == "train"], 4, seed=0)
-
-
-def stored_probes(folder: Path) -> list[Probe]:
-    """Those that a round was trained beside, whatever became of the templates since."""
-    return [Probe.model_validate(probe) for probe in read_json(folder / "probes.json")]
 
 
 def heldout_texts(templates: Sequence[Template], seed: int) -> list[Probe]:

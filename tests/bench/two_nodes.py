@@ -1,4 +1,4 @@
-"""Two Ray nodes beside one: `python -P -m tests.bench.two_nodes`. Prints what docs/SCALE.md shows.
+"""Two Ray nodes beside one: `python -P -m tests.bench.two_nodes`. Its log: docs/LOG.md, "Two nodes".
 
 Real raylets, each with room for one scripted engine, which answers a few calls at a time as an engine with a model
 does. Dreams the same round on one node, on both, and on one that the second joins on the way.
