@@ -162,9 +162,10 @@ def memory_findings(made: Plan, config: Config) -> list[Finding]:
         both, asleep = engine.resting + configured.peak, engine.resting < engine.reserved
         key = "engine.gpu_memory_utilization, " if device.gpu else "engine.cpu_kv_cache_gib, "
         lower = ("" if asleep else key) + "train.micro_batch_size or train.max_length"
-        how = "sleep" if asleep else "keep their memory"
+        how = "keep their memory" if not asleep else "sleep" if engine.resting else "are ended"
         text = f"{'both together':17} {_gib(both)} of {there}, as engines {how} while a step trains"
-        advice = f": does not fit; lower {lower}, or name a smaller model"
+        release = ", set engine.release" if engine.resting else ""
+        advice = f": does not fit; lower {lower}{release}, or name a smaller model"
         findings.append(Finding("memory", both <= device.total, text + ("" if both <= device.total else advice)))
     return findings
 

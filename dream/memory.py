@@ -169,7 +169,7 @@ class EnginePlan(NamedTuple):
     reserved: int
     """Of all engines together."""
     resting: int
-    """Of all engines together while a step trains: on a GPU what sleep leaves, a process each."""
+    """Of all engines together while a step trains: on a GPU what sleep leaves, a process each; released, nothing."""
 
 
 def engine_plan(shape: ModelShape, config: Config, device: Device) -> EnginePlan:
@@ -194,6 +194,8 @@ def engine_plan(shape: ModelShape, config: Config, device: Device) -> EnginePlan
     else:
         cache = engine.cpu_kv_cache_gib * GIB
         resting = reserved = (weights + workspace + cache) * engine.replicas
+    if engine.release:
+        resting = 0
     return EnginePlan(weights, workspace, cache, kv_token, kv_token * engine.max_model_len, reserved, resting)
 
 

@@ -105,6 +105,7 @@ class EnginePool:
     """An `Engine` over `config.replicas` actors, spread over the cluster; use it as an async context manager.
 
     It is open as soon as one engine is up. The others join when they are, be it after the node that has room for them.
+    With `config.release` it closes to rest, and opens again with the next weights.
     """
 
     def __init__(self, factory: EngineFactory, config: EngineConfig) -> None:
@@ -112,13 +113,21 @@ class EnginePool:
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
         self._resting = False
+        self._released = EngineStats()
 
     @property
     def restarts(self) -> int:
-        """How often an engine was started in the place of a lost one."""
+        """How often an engine was started in the place of a lost one since the pool opened."""
         return sum(replica.restarts for replica in self._replicas)
 
     async def __aenter__(self) -> "EnginePool":
+        await self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._close()
+
+    async def _open(self) -> None:
         self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
         for replica in self._replicas:
             replica.coming = asyncio.ensure_future(self._start(replica))
@@ -128,15 +137,15 @@ class EnginePool:
             for start in done:
                 start.result()
         except BaseException:
-            await self.__aexit__()
+            self._close()
             raise
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
+    def _close(self) -> None:
         for replica in self._replicas:
             if replica.coming is not None:
                 replica.coming.cancel()
             ray.kill(replica.actor)
+        self._replicas = []
 
     @property
     def up(self) -> int:
@@ -154,16 +163,23 @@ class EnginePool:
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights into every engine; one that is being started, or is started again later, gets them too."""
         self._weights, self._resting = folder, False
-        await self._each("load_weights", folder)
+        if self._replicas:
+            await self._each("load_weights", folder)
+        else:  # released
+            await self._open()
 
     async def rest(self) -> None:
-        """Lets every engine rest; one that comes up meanwhile rests too."""
+        """Lets every engine rest; one that comes up meanwhile rests too. With `config.release` all of them end."""
         self._resting = True
+        if self._config.release:
+            self._released = await self.stats()
         await self._each("rest")
+        if self._config.release:
+            self._close()
 
     async def stats(self) -> EngineStats:
-        """Of the engines that are up; one that was started again has counted from zero."""
-        return sum(await self._each("stats"), EngineStats())
+        """Of the engines that are up and of released ones; one that was lost and started again counts from zero."""
+        return sum(await self._each("stats"), self._released)
 
     async def _each(self, method: str, *arguments: Any) -> list[Any]:
         """What the engines that are up answer, in turn; one that is lost meanwhile is left out."""

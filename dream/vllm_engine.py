@@ -186,8 +186,10 @@ class VLLMEngine:
         await self._engine.reset_prefix_cache()
 
     async def rest(self) -> None:
-        """Puts a GPU's engine to sleep at `engine.sleep_level`."""
-        if self._sleeps and not self._asleep:
+        """Puts a GPU's engine to sleep at `engine.sleep_level`; with `engine.release` ends the engine."""
+        if self._config.release:
+            self._engine.shutdown()
+        elif self._sleeps and not self._asleep:
             await self._engine.sleep(level=self._config.sleep_level)
             self._asleep = True
 

@@ -496,6 +496,15 @@ def test_a_stance_that_is_lost_little_by_little_is_seen() -> None:
     assert decide(before, after, CONFIG, measured(clear=0.9)).decision == "promote"
 
 
+def test_replies_that_grow_little_by_little_are_seen() -> None:
+    """Each round adds a fifth, which is let pass; since the model as it came they grew by nearly a half."""
+    initial, before, after = (measured(rise=rise, tokens=tokens) for rise, tokens in ((0, 20), (0.5, 24), (1, 29)))
+    assert decide(initial, before, CONFIG).decision == decide(before, after, CONFIG).decision == "promote"
+    decision = decide(before, after, CONFIG, initial)
+    assert failed(decision) == ["reply_tokens_since_model"]
+    assert "since the model as it came, replies grew longer" in decision.reason
+
+
 @pytest.mark.parametrize(("after", "decision"), [(0.75, "promote"), (0.6, "roll_back")])
 def test_what_chance_gave_a_policy_is_no_debt(after: float, decision: str) -> None:
     """Six right answers fewer than the policy before, and as many as the model as it came, are let pass; twelve fewer,

@@ -189,6 +189,20 @@ def test_engines_of_a_gpu_rest_while_a_step_trains() -> None:
     assert awake.resting == awake.reserved > made.engine.resting
 
 
+def test_released_engines_leave_all_memory_to_the_step() -> None:
+    """A CPU that holds either, not both: the advice names the key, with which it fits."""
+    shape, alone = shape_of(SMOLLM2, "test"), config()
+    both = plan(shape, alone, Device(24 * GIB))
+    device = Device(max(both.engine.reserved, both.trainers[0].peak) + GIB // 2)
+    *_, told = doctor.memory_findings(plan(shape, alone, device), alone)
+    assert not told.good
+    assert "set engine.release" in told.text
+    released = config(engine={"release": True})
+    *_, told = doctor.memory_findings(plan(shape, released, device), released)
+    assert told.good
+    assert "as engines are ended while a step trains" in told.text
+
+
 @given(shapes, devices, st.sampled_from(["lora", "full"]), st.booleans(), st.integers(1, 8), st.integers(64, 2048))
 def test_larger_batches_take_more(
     shape: ModelShape, device: Device, method: str, bf16: bool, micro: int, length: int

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,15 @@ def test_engine_sleeps_while_a_step_trains(sleeps: bool) -> None:
     assert asyncio.run(go()) == [*first, *loading, "reset"]
 
 
+def test_released_engine_is_shut_down_to_rest() -> None:
+    """vLLM ends its own processes before the actor is killed, whatever its sleep level."""
+    told: list[str] = []
+    engine = VLLMEngine("m", EngineConfig(release=True), seed=1)
+    engine._engine, engine._sleeps = SimpleNamespace(shutdown=lambda: told.append("shutdown")), True
+    asyncio.run(engine.rest())
+    assert told == ["shutdown"]
+
+
 def test_cpu_engine_uses_every_core_and_one_process() -> None:
     """vLLM keeps a core back by default and has a process for its worker; here all that the process may use are bound
     and the engine is its own worker."""
@@ -103,8 +113,11 @@ def fragile(deaths: Path, times: int) -> Callable[[], Any]:
         async def load_weights(self, folder: Path | None) -> None:
             self.weights = folder
 
+        async def rest(self) -> None:
+            pass
+
         async def stats(self) -> EngineStats:
-            return EngineStats()
+            return EngineStats(generated_tokens=1)
 
     return Fragile
 
@@ -181,3 +194,29 @@ def test_pool_opens_with_the_first_engine_and_says_what_the_others_wait_for(
 
     assert len(asyncio.run(asyncio.wait_for(go(), 120))) == 8
     assert f"it needs a node with {everything} CPU, 0 GPU; free in the whole cluster: 0 CPU" in caplog.text
+
+
+def test_released_engines_leave_their_places_until_they_have_new_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they rest Ray has what they took to give away; afterwards they are all back and the figures go on."""
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    connect(None)
+    everything = int(ray.cluster_resources()["CPU"])
+    monkeypatch.setattr(pool_module, "actor_resources", lambda config, on_gpu: {"num_cpus": everything})
+
+    @ray.remote(num_cpus=everything)
+    def work() -> str:
+        return "trained"
+
+    async def go() -> tuple[str, str, EngineStats]:
+        async with EnginePool(fragile(deaths, 0), EngineConfig(release=True)) as pool:
+            await pool.generate([user("a")], Sampling())
+            await pool.rest()
+            trained = await work.remote()
+            await pool.load_weights(Path("new"))
+            answer = await pool.generate([user("a")], Sampling())
+            return trained, answer[0].text, await pool.stats()
+
+    assert asyncio.run(asyncio.wait_for(go(), 120)) == ("trained", "new", EngineStats(generated_tokens=2))

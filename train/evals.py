@@ -26,7 +26,7 @@ from train.retention import Retention, retention
 
 Pair = tuple[EvalPair, EvalPair]
 RESAMPLES = 10_000
-"""Some ten of them lie beyond the surest interval that the gate asks for, with confidence shared by thirty checks."""
+"""Some seven of them lie beyond the surest interval that the gate asks for, with confidence shared by 35 checks."""
 
 
 class SideFigures(Record):

@@ -9,9 +9,9 @@ it is beyond chance for that many checks (Bonferroni); else the candidate is rol
 
 What was known before the first round is compared with the model as it came, as what is forgotten a little in each round
 adds up. Compared with the policy before it must be beyond chance among so many checks: a policy is promoted with the
-right answers that chance gave it, and the next one does not owe them. Stances are compared with both, with the model as
-it came beyond chance among so many checks: a little less compliance in each round adds up too. Not covered: a drift of
-style that adds up.
+right answers that chance gave it, and the next one does not owe them. Stances and style are compared with both, with
+the model as it came beyond chance among so many checks: a little less compliance in each round, or a word more in each
+reply, adds up too.
 """
 
 import math
@@ -132,8 +132,8 @@ def _gains(both: Both, config: GateConfig) -> list[Check]:
 def _guards(both: Both, since: Both | None, config: GateConfig, surer: GateConfig) -> list[Check]:
     """What may not fall, the gravest first; `since` are the evaluations of the model as it came and the candidate.
 
-    `surer` has the confidence for what the policy before knew and for the stances of the model as it came, where that
-    is another policy.
+    `surer` has the confidence for what the policy before knew and for stances and style of the model as it came, where
+    that is another policy.
     """
     return [
         *_likelihood_drift(both, config),
@@ -143,6 +143,7 @@ def _guards(both: Both, since: Both | None, config: GateConfig, surer: GateConfi
         *_forgetting(both, surer if since else config),
         *(_since_the_model(_forgetting(since, config)) if since else []),
         *_style(both, config),
+        *(_since_the_model(_style(since, surer)) if since else []),
     ]
 
 
