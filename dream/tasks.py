@@ -149,6 +149,7 @@ def train(
     from dream.embed import minilm
     from dream.inputs import read_data
     from train.lm_tasks import check_installed
+    from train.rehearsal import read_forms
     from train.rounds import Loop, check_data, run_rounds
 
     loaded = templates.selected(templates.load_all(), config.generate.templates)
@@ -156,6 +157,8 @@ def train(
     check_data(pairs, config.rounds)
     check_installed(config.eval.lm_eval_tasks)
     prompts.check_all()
+    if config.train.repair_steps:
+        read_forms()  # what is wrong there is to be said before any work
     model = models.resolve(config.model)
     path = out or store.new_run_path("train")
     stop = Stop(terminal.line, f"go on with the same command and --out {path}")

@@ -347,6 +347,13 @@ def test_bad_prompt_file_is_refused(refused: Callable, folder: Path, model: str,
     assert f"{name}.j2:1: " in refused("generate", "--set", model)
 
 
+def test_bad_row_of_forms_is_refused(refused: Callable, folder: Path, model: str) -> None:
+    """A form without its answer, which a repair would miss after an hour, is refused before an engine starts."""
+    (folder / "prompts" / "rehearsal" / "forms.jsonl").write_text('{"request": "Spell lemon in capitals."}\n')
+    said = refused("train", "--set", model, "--set", "train.repair_steps=1")
+    assert "forms.jsonl:1: answer: Field required" in said
+
+
 def test_templates_check_names_every_bad_file(dream: Dream, edited, folder: Path) -> None:
     """`templates check` goes on after a bad file and ends with code 2."""
     edited("{{ said }}", "{{ sed }}")

@@ -1,9 +1,8 @@
 """What keeps a policy as it is where no pair speaks: texts of which it is to think as the initial model does.
 
 They are ordinary requests with the policy's own answers, right or wrong, and, after the pairs, sums and requests for
-a form with short right answers. Distilled from
-itself (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282) on texts of its own making (self-synthesised
-rehearsal; Huang et al. 2024, arXiv 2403.01244).
+a form with short right answers. Distilled from itself (learning without forgetting; Li and Hoiem 2016, arXiv
+1606.09282) on texts of its own making (self-synthesised rehearsal; Huang et al. 2024, arXiv 2403.01244).
 """
 
 import asyncio
@@ -55,12 +54,21 @@ class Form(Record):
 
 def forms(count: int, seed: int) -> list[Rehearsed]:
     """`count` requests for a form, none in the words of train/instructions.py, each with an answer that keeps it."""
-    rows = read_user_rows(data_folder("prompts") / "rehearsal" / "forms.jsonl", Form) if count else []
+    rows = read_forms() if count else []
     random.Random(f"rehearsal/forms/{seed}").shuffle(rows)
     return [
         Rehearsed(messages=[user(row.request)], reply=row.answer, finished=True)
         for row in itertools.islice(itertools.cycle(rows), count)
     ]
+
+
+def read_forms() -> list[Form]:
+    """All rows of prompts/rehearsal/forms.jsonl.
+
+    Raises:
+        DataError: it is missing, empty, or a row in it is malformed.
+    """
+    return read_user_rows(data_folder("prompts") / "rehearsal" / "forms.jsonl", Form)
 
 
 def requests(count: int, seed: int) -> list[str]:
