@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dream.audit import Audit, audit, choose
+from dream.audit import Audit, audit
+from dream.choose import choose
 from dream.config import Config
 from dream.demand import Demand
 from dream.diversity import Diversity, NearDuplicates, diversity

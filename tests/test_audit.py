@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from dream.audit import Audit, View, _auc, audit, choose, lines
+from dream.audit import Audit, View, audit, lines
+from dream.choose import choose
 from dream.config import AuditConfig
+from dream.halves import auc_of
 from dream.records import ContrastPair, PreferencePair, Side, assistant, user
 
 LIMITS = AuditConfig()
@@ -289,7 +291,7 @@ def test_auc_is_that_of_each_fold_with_texts_as_often_as_drawn(rows: list[tuple[
         inside = np.repeat(np.arange(len(rows)), np.where(folds == fold, times, 0))
         areas.append(roc_auc_score(labels[inside], scores[inside]))
         couples.append(labels[inside].sum() * (~labels[inside]).sum())
-    found = _auc(scores / 5, labels.astype(int), folds, np.stack([times, times * 2]))
+    found = auc_of(scores / 5, labels.astype(int), folds, np.stack([times, times * 2]))
     assert found == pytest.approx([np.average(areas, weights=couples)] * 2)
 
 
