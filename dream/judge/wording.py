@@ -3,7 +3,6 @@
 They are learned from labelled replies and do not change with the policy, so one verdict means the same in every round.
 """
 
-import asyncio
 import difflib
 import math
 import re
@@ -15,6 +14,7 @@ import numpy as np
 
 from dream.judge.question import Labelled, Question
 from dream.judge.rules import announces
+from dream.judge.together import Together
 from dream.judge.transcript import neutral
 from dream.records import Stance
 from dream.templates import mentioned
@@ -31,6 +31,9 @@ class _Learned(ABC):
     name: str
     columns: tuple[str, ...]
     learns = True
+
+    def __init__(self) -> None:
+        self._together = Together(self._log_odds)
 
     @abstractmethod
     def _features(self, questions: Sequence[Question]) -> Any:
@@ -50,7 +53,7 @@ class _Learned(ABC):
         """Log-odds, shape (questions, 2); `fit` comes first."""
         if not questions:
             return np.zeros((0, 2))
-        return await asyncio.to_thread(self._log_odds, questions)
+        return await self._together(questions)
 
     def _log_odds(self, questions: Sequence[Question]) -> np.ndarray:
         found = self._fitted.predict_log_proba(self._features(questions))
@@ -110,6 +113,7 @@ class Embedding(_Learned):
     columns = ("embedding_push_back", "embedding_neither")
 
     def __init__(self, embed: "Embed") -> None:
+        super().__init__()
         self._embed = embed
 
     def _features(self, questions: Sequence[Question]) -> np.ndarray:

@@ -27,9 +27,9 @@ from dream.templates import Template, load_all
 from tests.bench import Row, paired_rates
 from tests.bench.dreaming import calibrated_judge, dream_round
 
-PAIRS = 64
-"""Enough that the beginning and the end of a round, when few scenarios are under way, are the smaller part."""
-REPETITIONS = 2
+PAIRS = 128
+"""As `configs/cpu-coffee.yaml` dreams: the beginning and the end of a round, when few scenarios are under way, are the
+smaller part."""
 HF_SHARE = 6
 """Hugging Face gets every sixth request, which is enough for a rate."""
 HF_BATCH = 32
@@ -149,23 +149,20 @@ async def pipeline(config: Config, model: str) -> AsyncIterator[tuple[Engine, Ju
         yield pool, judge, templates
 
 
-async def ours_and_staged(config: Config, model: str) -> list[tuple[Dreamed, Dreamed]]:
-    """Both in turn on one engine, each time with other draws."""
+async def ours_and_staged(config: Config, model: str) -> tuple[Dreamed, Dreamed]:
+    """Both in turn on one engine, with other draws."""
     found = []
     async with pipeline(config, model) as (engine, judge, templates):
-        for turn in range(REPETITIONS):
-            pair = []
-            for number, kind in enumerate((Recording, Staged)):
-                seeded = config.model_copy(update={"seed": config.seed + 10 * turn + number})
-                pair.append(await dreamed(kind(engine), judge, templates, seeded))
-                print(
-                    f"{kind.__name__}: {pair[-1].rate:.1f} tokens/s in {len(pair[-1].requests)} requests, "
-                    f"{pair[-1].seconds:.0f} s, {pair[-1].under_way:.0f} under way, "
-                    f"{pair[-1].cached:.0%} of prompt tokens cached",
-                    file=sys.stderr,
-                )
-            found.append((pair[0], pair[1]))
-    return found
+        for number, kind in enumerate((Recording, Staged)):
+            seeded = config.model_copy(update={"seed": config.seed + number})
+            one = await dreamed(kind(engine), judge, templates, seeded)
+            print(
+                f"{kind.__name__}: {one.rate:.1f} tokens/s in {len(one.requests)} requests, {one.seconds:.0f} s, "
+                f"{one.under_way:.0f} under way, {one.cached:.0%} of prompt tokens cached",
+                file=sys.stderr,
+            )
+            found.append(one)
+    return found[0], found[1]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -174,20 +171,19 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return list(encoded["input_ids"])
 
 
-async def raw_rates(config: Config, model: str, runs: Sequence[Sequence[Request]]) -> list[float]:
-    """vLLM alone, with the engine arguments of the product: each run's requests at once, to the same lengths."""
+async def raw_rate(config: Config, model: str, run: Sequence[Request]) -> float:
+    """vLLM alone, with the engine arguments of the product: all requests at once, to the same lengths."""
     # In a Ray actor, as ours: the environment of an engine is read at the start of its process.
     import ray
 
     from dream.pool import connect
 
     connect(None)
-    remote = ray.remote(_raw_rates)
-    rates: list[float] = await remote.remote(config.model_dump(), model, [list(run) for run in runs])
-    return rates
+    rate: float = await ray.remote(_raw_rate).remote(config.model_dump(), model, list(run))
+    return rate
 
 
-def _raw_rates(raw: dict[str, Any], model: str, runs: list[list[Request]]) -> list[float]:
+def _raw_rate(raw: dict[str, Any], model: str, run: list[Request]) -> float:
     from dream.vllm_engine import engine_arguments, prepare_cpu_environment
 
     config = Config.model_validate(raw)
@@ -198,22 +194,19 @@ def _raw_rates(raw: dict[str, Any], model: str, runs: list[list[Request]]) -> li
 
     engine = LLM(**engine_arguments(model, config.engine, config.seed, on_gpu=False))
     tokenizer = engine.get_tokenizer()
-    rates = []
-    for run in runs:
-        prompts = [{"prompt_token_ids": prompt_ids(tokenizer, one.messages)} for one in run for _ in one.tokens]
-        wanted = [
-            SamplingParams(
-                max_tokens=count, min_tokens=count, ignore_eos=True,
-                temperature=one.sampling.temperature, top_p=one.sampling.top_p, min_p=one.sampling.min_p,
-            )
-            for one in run for count in one.tokens
-        ]  # fmt: skip
-        engine.generate(prompts[:2], wanted[:2], use_tqdm=False)
-        engine.reset_prefix_cache()
-        began = time.perf_counter()
-        engine.generate(prompts, wanted, use_tqdm=False)
-        rates.append(sum(one.max_tokens or 0 for one in wanted) / (time.perf_counter() - began))
-    return rates
+    prompts = [{"prompt_token_ids": prompt_ids(tokenizer, one.messages)} for one in run for _ in one.tokens]
+    wanted = [
+        SamplingParams(
+            max_tokens=count, min_tokens=count, ignore_eos=True,
+            temperature=one.sampling.temperature, top_p=one.sampling.top_p, min_p=one.sampling.min_p,
+        )
+        for one in run for count in one.tokens
+    ]  # fmt: skip
+    engine.generate(prompts[:2], wanted[:2], use_tqdm=False)
+    engine.reset_prefix_cache()
+    began = time.perf_counter()
+    engine.generate(prompts, wanted, use_tqdm=False)
+    return sum(one.max_tokens or 0 for one in wanted) / (time.perf_counter() - began)
 
 
 def hf_rate(config: Config, model: str, run: Sequence[Request]) -> float:
@@ -240,17 +233,16 @@ def hf_rate(config: Config, model: str, run: Sequence[Request]) -> float:
 
 
 def measure() -> list[Row]:
-    """The three rows, from two runs of the pipeline."""
+    """The three rows, from one run of the pipeline."""
     config, _ = load(data_folder("configs") / "cpu.yaml")
     config = config.model_copy(update={"generate": config.generate.model_copy(update={"pairs": PAIRS})})
     model = resolve(config.model)
-    both = asyncio.run(ours_and_staged(config, model))
-    ours = [one.rate for one, _ in both]
-    raw = asyncio.run(raw_rates(config, model, [one.requests for one, _ in both]))
-    face = [hf_rate(config, model, one.requests) for one, _ in both]
-    unit = "tokens/s"
-    return [
-        paired_rates("generate_vs_raw_vllm", ours, raw, target=0.9, unit=unit),
-        paired_rates("generate_vs_staged", ours, [staged.rate for _, staged in both], target=1.3, unit=unit),
-        paired_rates("generate_vs_hf", ours, face, target=3.0, unit=unit),
-    ]
+    ours, staged = asyncio.run(ours_and_staged(config, model))
+    raw = asyncio.run(raw_rate(config, model, ours.requests))
+    face = hf_rate(config, model, ours.requests)
+    others = (
+        ("generate_vs_raw_vllm", raw, 0.9),
+        ("generate_vs_staged", staged.rate, 1.3),
+        ("generate_vs_hf", face, 3.0),
+    )
+    return [paired_rates(name, [ours.rate], [other], target=least, unit="tokens/s") for name, other, least in others]
