@@ -3,6 +3,8 @@
 Each module that `bench.ROWS` names has one function `measure() -> list[Row]` and gives the rows listed there.
 """
 
+import ctypes
+import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +45,15 @@ def paired_rates(name: str, ours: Sequence[float], other: Sequence[float], *, ta
 def resident_peak() -> int:
     """The largest resident size of this process so far, in bytes; not ru_maxrss, which begins with the parent's."""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def resident_held() -> int:
+    """The resident size of this process, in bytes, without garbage and what malloc keeps of freed memory (glibc)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    found = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) * 1024
 
