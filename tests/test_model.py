@@ -164,6 +164,7 @@ def test_one_small_round_end_to_end(tmp_path: Path) -> None:
         "judge.self_test_replies": 32, "engine.max_model_len": 1024, "engine.cpu_kv_cache_gib": 1,
         "eval.heldout_pairs": 4, "eval.fresh_pairs": 2, "eval.sampled_scenarios": 2, "eval.retention_questions": 4,
         "train.learning_rate": 2e-4,
+        "engine.release": "true",  # a new engine serves the candidate; that of the test above took weights in place
         "engine.dtype": "float32", "train.bf16": "false",  # so that engine and trainer differ by little on any machine
     }  # fmt: skip
     sets = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
