@@ -28,7 +28,7 @@ from tests.bench import Row, bench, effect, paired_rates, trial
 from tests.bench import growth_256_vs_16 as growth
 from tests.bench.growth_256_vs_16 import Dreamed
 from tests.bench.scripted import worked_engine
-from tests.bench.unseen import untrained
+from tests.bench.unseen import by_template, untrained
 from train.evals import RoundEvaluation, figures
 from train.gate import Decision
 from train.history import RoundResult
@@ -256,3 +256,19 @@ def test_unseen_kinds_are_none_of_the_trained_ones() -> None:
     assert all(template.front.split == "train" and not template.general for template in found)
     left = {template.front.flaw for template in templates if template.front.split == "train" and not template.general}
     assert {template.front.flaw for template in found} == left - {"false_premise"}
+
+
+def test_unseen_kinds_are_told_by_template() -> None:
+    """The template that gained most margin stands first, each with the means of its own pairs."""
+    rng = np.random.default_rng(0)
+    logps = rng.normal(-2, 0.1, (4, 2, 2, 2))
+    logps[:, 1, :, 1] -= 0.5  # nothing is right before
+    gained = logps.copy()
+    gained[1::2, 1, :, 1] += 1.0  # under the flawed prompts of the second template push-back becomes likelier
+    before, after = (figures(values, {"clear": [], "flawed": []}, 0) for values in (logps, gained))
+    *_, first, second = by_template(["stays", "learns"] * 2, before, after)
+    assert first.startswith("| learns | ")
+    assert second.startswith("| stays | ")
+    _, _, a, b, c, d, _ = first.split("|")
+    assert float(d) - float(c) == pytest.approx(1.0, abs=2e-3)
+    assert float(b) > float(a) == 0

@@ -3,21 +3,23 @@ WEIGHTS ...`, a minute or two a policy.
 
 COUNT scenarios of the training templates whose kinds of flaw are none of those that `configs/cpu-coffee.yaml` names, in
 equal shares; held-out templates, all built alike, are a part of what is unseen. Likelihoods by Hugging Face, of the
-model as it came and of each folder of weights (`runs/coffee/round_02/train/weights`).
+model as it came and of each folder of weights (`runs/coffee/round_02/train/weights`), all together and by template.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dream.config import load
 from dream.models import resolve
-from dream.scenarios import eval_pairs
+from dream.scenarios import drawn, eval_pairs
 from dream.templates import Template, load_all
 from tests.bench import effect
 from tests.bench.trial import crossed_figures
 from train.checkpoints import load_model
-from train.evals import joined
+from train.evals import Evaluation, joined
 
 CONFIG = Path("configs/cpu-coffee.yaml")
 SEED = 7
@@ -44,14 +46,35 @@ def main(arguments: list[str]) -> int:
         f"{count} scenarios of {len(templates)} templates, {len({one.front.flaw for one in templates})} kinds of flaw"
     )
     before, *policies = (
-        crossed_figures(load_model(weights, "auto", trust_remote_code=False), source, pairs, bf16=True, seed=SEED)
+        crossed_figures(
+            load_model(weights, "auto", trust_remote_code=False), source, pairs, config.train.mixed_precision, SEED
+        )
         for weights in (source, *folders)
     )
     for folder, after in zip(folders, policies, strict=True):
         print(f"\n| {folder} | before | after | change, 95 % |\n| --- | --- | --- | --- |")
         for name, items in effect.figures(before, after).items():
             print(effect.line(name, items))
+        names = [template.name for template, _ in drawn(templates, count, SEED)]
+        print("\n".join(by_template(names, before, after)))
     return 0
+
+
+def by_template(names: Sequence[str], before: Evaluation, after: Evaluation) -> list[str]:
+    """Markdown lines: crossed figures of each template, that which gained most margin first; `names` has one a pair."""
+    rows = []
+    for name in dict.fromkeys(names):
+        own = np.array(names) == name
+        means = [
+            float(np.array(one.items[key])[own].mean()) for key in ("pair_right", "margin") for one in (before, after)
+        ]
+        rows.append((name, *means))
+    rows.sort(key=lambda row: row[3] - row[4])
+    return [
+        "\n| template | strict, before | after | margin, before | after |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {name} | {a:.2f} | {b:.2f} | {c:+.3f} | {d:+.3f} |" for name, a, b, c, d in rows),
+    ]
 
 
 if __name__ == "__main__":
