@@ -1,7 +1,7 @@
 """The audit of accepted contrast pairs: does the direction alone, or the reply alone, tell right from wrong?
 
 A trained model takes whatever shortcut the data offers, and only prompt and reply together may decide. So each half
-alone is read by a small classifier (`dream.halves`), and its AUC is compared with a bound; what is over it is named.
+alone is read by a small classifier (`dream.views`), and its AUC is compared with a bound; what is over it is named.
 """
 
 import re
@@ -12,7 +12,8 @@ import numpy as np
 
 from dream.config import AuditConfig
 from dream.embed import Embed
-from dream.halves import (
+from dream.records import ContrastPair, Record
+from dream.views import (
     SOURCE_GAP,
     Task,
     auc_of,
@@ -25,7 +26,6 @@ from dream.halves import (
     tasks,
     template_names,
 )
-from dream.records import ContrastPair, Record
 
 TITLES = {
     "direction": "direction alone, unseen templates",

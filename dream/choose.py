@@ -9,8 +9,8 @@ import numpy as np
 from dream.audit import source_view
 from dream.config import AuditConfig
 from dream.embed import Embed
-from dream.halves import auc_of, out_of_fold, reply_texts, scenario_of, steered_shares, tasks, template_names
 from dream.records import ContrastPair
+from dream.views import auc_of, out_of_fold, reply_texts, scenario_of, steered_shares, tasks, template_names
 
 REFITS = 5
 """How often `choose` measures again what is left."""

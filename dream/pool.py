@@ -105,7 +105,7 @@ class EnginePool:
     """An `Engine` over `config.replicas` actors, spread over the cluster; use it as an async context manager.
 
     It is open as soon as one engine is up. The others join when they are, be it after the node that has room for them.
-    With `config.release` it closes to rest, and opens again with the next weights.
+    With `config.release` they end to rest, and start anew with the next weights.
     """
 
     def __init__(self, factory: EngineFactory, config: EngineConfig) -> None:
@@ -113,24 +113,26 @@ class EnginePool:
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
         self._resting = False
-        self._released = EngineStats()
+        self._closed = False
+        self._counted = EngineStats()  # of engines that were released
 
     @property
     def restarts(self) -> int:
-        """How often an engine was started in the place of a lost one since the pool opened."""
+        """How often an engine was started in the place of a lost one."""
         return sum(replica.restarts for replica in self._replicas)
 
     async def __aenter__(self) -> "EnginePool":
-        await self._open()
+        self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
+        for replica in self._replicas:
+            replica.coming = asyncio.ensure_future(self._start(replica))
+        await self._first_up()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._close()
 
-    async def _open(self) -> None:
-        self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
-        for replica in self._replicas:
-            replica.coming = asyncio.ensure_future(self._start(replica))
+    async def _first_up(self) -> None:
+        """Waits for the first engine; all end where its start fails."""
         try:
             starts = [replica.coming for replica in self._replicas if replica.coming]
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
@@ -145,12 +147,19 @@ class EnginePool:
             if replica.coming is not None:
                 replica.coming.cancel()
             ray.kill(replica.actor)
-        self._replicas = []
+        self._closed = True
+
+    async def _reopen(self) -> None:
+        self._closed = False
+        for replica in self._replicas:
+            replica.put(self._new_actor())
+            replica.coming = asyncio.ensure_future(self._start_or_replace(replica))
+        await self._first_up()
 
     @property
     def up(self) -> int:
         """How many engines answer now."""
-        return sum(not replica.down for replica in self._replicas)
+        return 0 if self._closed else sum(not replica.down for replica in self._replicas)
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
         completions: list[Completion] = await self._call("generate", messages, sampling)
@@ -163,29 +172,29 @@ class EnginePool:
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights into every engine; one that is being started, or is started again later, gets them too."""
         self._weights, self._resting = folder, False
-        if self._replicas:
+        if self._closed:
+            await self._reopen()
+        else:
             await self._each("load_weights", folder)
-        else:  # released
-            await self._open()
 
     async def rest(self) -> None:
         """Lets every engine rest; one that comes up meanwhile rests too. With `config.release` all of them end."""
         self._resting = True
         if self._config.release:
-            self._released = await self.stats()
+            self._counted = await self.stats()
         await self._each("rest")
         if self._config.release:
             self._close()
 
     async def stats(self) -> EngineStats:
         """Of the engines that are up and of released ones; one that was lost and started again counts from zero."""
-        return sum(await self._each("stats"), self._released)
+        return sum(await self._each("stats"), self._counted)
 
     async def _each(self, method: str, *arguments: Any) -> list[Any]:
         """What the engines that are up answer, in turn; one that is lost meanwhile is left out."""
         answers = []
         for replica in self._replicas:
-            if not replica.down:
+            if not replica.down and not self._closed:
                 with suppress(_Lost):
                     answers.append(await self._once(replica, method, *arguments))
         return answers
@@ -224,10 +233,11 @@ class EnginePool:
         await place
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        while True:
+        while not self._closed:
             replica = min(self._replicas, key=lambda candidate: (candidate.down, candidate.in_flight))
             with suppress(_Lost):
                 return await self._once(replica, method, *arguments)
+        raise EngineError("the engines have ended to rest; they answer when weights are loaded")
 
     async def _once(self, replica: _Replica, method: str, *arguments: Any) -> Any:
         """One call, when the replica is up.
@@ -243,7 +253,7 @@ class EnginePool:
         try:
             return await asyncio.wait_for(replica.link.call(method, *arguments), self._config.request_timeout_s)
         except (RayActorError, EngineDied, TimeoutError) as error:
-            if replica.actor is actor and not replica.down:
+            if replica.actor is actor and not replica.down and not self._closed:
                 replica.coming = asyncio.ensure_future(self._replace(replica, error))
             raise _Lost from error
         except DreamError:
@@ -252,6 +262,12 @@ class EnginePool:
             raise _raised("an engine refused a call", error) from error
         finally:
             replica.in_flight -= 1
+
+    async def _start_or_replace(self, replica: _Replica) -> None:
+        try:
+            await self._start(replica)
+        except EngineError as error:
+            await self._replace(replica, error)
 
     async def _replace(self, replica: _Replica, reason: BaseException) -> None:
         """Starts an engine in the place of a lost one; again where that is lost too, as on a node that is going."""

@@ -157,7 +157,7 @@ def train(
     check_data(pairs, config.rounds)
     check_installed(config.eval.lm_eval_tasks)
     prompts.check_all()
-    if config.train.repair_steps:
+    if config.train.repair_steps and config.train.repair_forms:
         read_forms()  # what is wrong there is to be said before any work
     model = models.resolve(config.model)
     path = out or store.new_run_path("train")

@@ -8,7 +8,8 @@ import asyncio
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def engine_arguments(model: str, config: EngineConfig, seed: int, on_gpu: bool) 
     if on_gpu:
         arguments["tensor_parallel_size"] = config.tensor_parallel
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
-        arguments["enable_sleep_mode"] = config.sleep_level > 0
+        arguments["enable_sleep_mode"] = config.sleep_level > 0 and not config.release
     else:
         arguments["enforce_eager"] = True  # compiling takes a minute and makes nothing faster on a CPU
         arguments["block_size"] = 32  # of 128 by default: prompts here are short, and only whole blocks are cached
@@ -176,21 +177,23 @@ class VLLMEngine:
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights in place, without a restart, and forgets the prefix cache of the old ones."""
         path = str(folder) if folder is not None else self._model
-        if self._asleep:
-            await self._engine.wake_up(tags=["weights"])
-        await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
-        await self._engine.collective_rpc("pack_vocabulary")
-        if self._asleep:  # only now, so that old and new weights and the cache are never there together
-            await self._engine.wake_up(tags=["kv_cache"])
-            self._asleep = False
-        await self._engine.reset_prefix_cache()
+        with _death_told():
+            if self._asleep:
+                await self._engine.wake_up(tags=["weights"])
+            await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            await self._engine.collective_rpc("pack_vocabulary")
+            if self._asleep:  # only now, so that old and new weights and the cache are never there together
+                await self._engine.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            await self._engine.reset_prefix_cache()
 
     async def rest(self) -> None:
         """Puts a GPU's engine to sleep at `engine.sleep_level`; with `engine.release` ends the engine."""
         if self._config.release:
             self._engine.shutdown()
         elif self._sleeps and not self._asleep:
-            await self._engine.sleep(level=self._config.sleep_level)
+            with _death_told():
+                await self._engine.sleep(level=self._config.sleep_level)
             self._asleep = True
 
     async def stats(self) -> EngineStats:
@@ -213,21 +216,28 @@ class VLLMEngine:
         return [output.prompt_logprobs[place][ids[place]].logprob for place in range(len(head), len(ids))]
 
     async def _run(self, ids: list[int], parameters: Any) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         output = None
-        try:
+        with _death_told():
             async for output in self._engine.generate(  # noqa: B007  # the last output is the whole answer
                 {"prompt_token_ids": ids}, parameters, request_id=f"r{next(self._ids)}"
             ):
                 pass
-        except EngineDeadError as error:
-            raise EngineDied(f"the engine process died: {error}") from error
         if output is None:
             raise EngineDied("the engine returned nothing for a request")
         self._prompted += len(ids)
         self._cached += output.num_cached_tokens or 0
         return output
+
+
+@contextmanager
+def _death_told() -> Iterator[None]:
+    """What vLLM raises when its process is gone, as `EngineDied`."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDied(f"the engine process died: {error}") from error
 
 
 def _scoring(read_cache: bool) -> Any:

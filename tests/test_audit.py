@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from dream.audit import Audit, View, audit, lines
 from dream.choose import choose
 from dream.config import AuditConfig
-from dream.halves import auc_of
 from dream.records import ContrastPair, PreferencePair, Side, assistant, user
+from dream.views import auc_of
 
 LIMITS = AuditConfig()
 GOODS = ["lamps", "chairs", "kettles", "tents", "mugs", "boots"]

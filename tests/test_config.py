@@ -191,7 +191,14 @@ def test_bad_set_is_a_config_error(write, override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["ray.address=auto", "rounds=9", "engine.replicas=4", "engine.max_restarts=0", "generate.concurrency=2"],
+    [
+        "ray.address=auto",
+        "rounds=9",
+        "engine.replicas=4",
+        "engine.max_restarts=0",
+        "engine.release=true",
+        "generate.concurrency=2",
+    ],
 )
 def test_fingerprint_ignores_execution_keys(write, override: str) -> None:
     """How a run is carried out does not change what it is, so it may be continued elsewhere."""

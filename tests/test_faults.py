@@ -21,6 +21,7 @@ import pytest
 import ray
 from actors import local_pool
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
 from test_generate import Round, check_every_scenario_ended_once, check_no_draw_twice
 from test_judge_server import Answer, Fake, Server, measure, question
 from test_judge_server import fake as fake
@@ -473,6 +474,51 @@ def test_engine_lost_while_it_starts_again_is_started_again(toys) -> None:
     assert asyncio.run(go(max_restarts=4)) == ("5 None", 4)
     with pytest.raises(EngineError, match=r"died again after 2 restarts .*max_restarts; the run can be continued"):
         asyncio.run(go(max_restarts=2))
+
+
+def test_release_ends_all_engines_and_starts_them_anew(toys) -> None:
+    """Also one that is still being started. Meanwhile nothing is asked of them, and nothing is started in their
+    place."""
+
+    async def begin(toy: Toy) -> None:
+        await asyncio.sleep(3600 if toy.number == 2 else 0)
+
+    async def go() -> tuple[set[str], int]:
+        async with toys(begin, replicas=2, release=True) as pool:
+            ended = [replica.actor for replica in pool._replicas]
+            for _ in range(2):  # a second time changes nothing
+                await pool.rest()
+            assert (pool.up, Toy.made) == (0, 2)
+            for actor in ended:
+                with pytest.raises(RayActorError):
+                    await actor.answers.remote()
+            with pytest.raises(EngineError, match="they answer when weights are loaded"):
+                await ask(pool)
+            await pool.load_weights(Path("new"))
+            while pool.up < 2:
+                await asyncio.sleep(0.001)
+            return set(await asyncio.gather(ask(pool), ask(pool))), pool.restarts
+
+    assert asyncio.run(go()) == ({"3 new", "4 new"}, 0)
+
+
+def test_released_engine_that_fails_to_start_is_started_again(toys) -> None:
+    """What was there before a step is worth a restart after it; the count goes on from step to step."""
+
+    async def begin(toy: Toy) -> None:
+        if toy.number in (2, 4):
+            raise EngineDied("the memory is not free yet")
+
+    async def go(**config: int) -> tuple[str, int]:
+        async with toys(begin, release=True, **config) as pool:
+            for number in range(2):
+                await pool.rest()
+                await pool.load_weights(Path(f"round {number}"))
+            return await ask(pool), pool.restarts
+
+    assert asyncio.run(go(max_restarts=2)) == ("5 round 1", 2)
+    with pytest.raises(EngineError, match=r"died again after 1 restarts .*the run can be continued"):
+        asyncio.run(go(max_restarts=1))
 
 
 # The pool, with Ray

@@ -17,7 +17,7 @@ FLOORS = [
      "dream.prompts", "dream.stop", "dream.store", "dream.models", "dream.masking", "dream.memory"},
     {"dream.engine", "dream.link", "dream.vllm_engine", "dream.pool"},
     {"dream.scenarios", "dream.template_audit", "dream.selfplay", "dream.judge", "dream.filters", "dream.embed",
-     "dream.halves", "dream.audit", "dream.choose", "dream.diversity", "dream.demand", "dream.generate",
+     "dream.views", "dream.audit", "dream.choose", "dream.diversity", "dream.demand", "dream.generate",
      "dream.inputs", "dream.conversations", "dream.evidence", "dream.logs"},
 ]  # fmt: skip
 """From the ground up; `dream.report` and `dream.cli` are the top, and `train` stands on these floors beside them."""

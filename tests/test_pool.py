@@ -75,6 +75,24 @@ def test_engine_sleeps_while_a_step_trains(sleeps: bool) -> None:
     assert asyncio.run(go()) == [*first, *loading, "reset"]
 
 
+def test_engine_that_died_at_rest_says_so() -> None:
+    """Its death shows when it is to load weights, or to rest; the pool then starts another, as it does for a call."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    class Dead(SleepingEngine):
+        async def sleep(self, level: int) -> None:
+            raise EngineDeadError
+
+        async def collective_rpc(self, method: str, **_: Any) -> None:
+            raise EngineDeadError
+
+    engine = VLLMEngine("m", EngineConfig(), seed=1)
+    engine._engine, engine._sleeps = Dead(), True
+    for call in (engine.rest(), engine.load_weights(Path("new"))):
+        with pytest.raises(EngineDied):
+            asyncio.run(call)
+
+
 def test_released_engine_is_shut_down_to_rest() -> None:
     """vLLM ends its own processes before the actor is killed, whatever its sleep level."""
     told: list[str] = []

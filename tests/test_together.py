@@ -72,13 +72,28 @@ def test_an_error_reaches_those_who_asked_and_nobody_later() -> None:
     asyncio.run(go())
 
 
-def test_a_caller_that_gives_up_is_no_error() -> None:
-    """Its rows are nobody's."""
-    together = Together(recorded([]))
+@pytest.mark.parametrize("item", [1, -1])
+def test_a_caller_that_gives_up_is_no_error(item: int) -> None:
+    """Its rows, or the error, are nobody's; the others of its call get theirs, and later calls go on."""
+    begun, release = threading.Event(), threading.Event()
+
+    def slow(items: list[int]) -> np.ndarray:
+        begun.set()
+        release.wait(10)
+        return recorded([])(items)
 
     async def go() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(together([1]), timeout=0)
+        together = Together(slow)
+        gone, left = (asyncio.ensure_future(together([item])) for _ in range(2))
+        await asyncio.to_thread(begun.wait, 10)
+        gone.cancel()
+        release.set()
+        if item < 0:
+            with pytest.raises(ValueError, match="negative"):
+                await left
+        else:
+            assert (await left).tolist() == [[1, 1]]
+        assert gone.cancelled()
         assert (await together([2])).tolist() == [[4, 2]]
 
     asyncio.run(go())

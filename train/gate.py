@@ -93,8 +93,8 @@ class Items(NamedTuple):
 def decide(
     before: RoundEvaluation, after: RoundEvaluation, config: GateConfig, initial: RoundEvaluation | None = None
 ) -> Decision:
-    """Compares a candidate with the policy before it, and what it knows with `initial`, the model as it came, where
-    that is another policy."""
+    """Compares a candidate with the policy before it and with `initial`, the model as it came, where that is another
+    policy."""
     both = (before, after)
     since = None if initial is None or initial == before else (initial, after)
     gains = _gains(both, config)

@@ -242,7 +242,7 @@ async def train_candidate(
 
 
 async def serve(loop: Loop, policy: Policy) -> None:
-    """Makes the engine serve the policy's weights, without a restart."""
+    """Makes the engine serve the policy's weights, without a restart unless it ended to rest (`engine.release`)."""
     await loop.engine.load_weights(loop.run / policy.weights if policy.weights else None)
 
 
@@ -256,7 +256,7 @@ async def prove_served(loop: Loop, folder: Path) -> None:
         Probe.model_validate(probe) for probe in read_json(folder / "probes.json")
     ]  # templates may be edited since
     trained = read_json(folder / "train" / "probes.json")
-    # All at once, so that every replica gets some.
+    # All at once, so that every replica that is up gets some.
     scores = await asyncio.gather(*(loop.engine.score(probe.messages, [probe.reply]) for probe in texts))
     served = [mean(score[0]) for score in scores]
     changed = max(abs(a - b) for a, b in zip(trained["after"], trained["before"], strict=True))

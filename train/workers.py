@@ -57,8 +57,9 @@ def run_on_workers(run: Callable[[StepSpec, Report], None], spec: StepSpec, repo
             there, free = (found.get(kind, 0) for found in (ray.cluster_resources(), ray.available_resources()))
             raise TrainingError(
                 f"training on several workers did not begin: {spec.train.workers} workers need a {kind} each, of "
-                f"{there:g} in the cluster {free:g} are free (engines keep theirs); set engine.release, "
-                f"lower train.workers or engine.replicas, or add nodes ({_line(error)})"
+                f"{there:g} in the cluster {free:g} are free; lower train.workers"
+                + (" or engine.replicas, set engine.release, or add nodes" if spec.ray_address else "")
+                + f" ({_line(error)})"
             ) from error
         except Exception as error:  # Ray Train wraps what a worker raised in several ways
             raise cause_of(error) from error

@@ -1,7 +1,7 @@
 """Calls of one slow function made together: what is asked while a call is under way goes into the next one.
 
-An embedding of one reply costs nearly as much as that of four (docs/LOG.md, "Judged together"), and replies come one by
-one from many scenarios.
+Replies come one by one from many scenarios, and judged together they take a quarter less time (docs/LOG.md, "Judged
+together"). Who shares a call is a matter of time, so the last bits of an embedding are, too.
 """
 
 import asyncio

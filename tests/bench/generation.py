@@ -28,8 +28,8 @@ from tests.bench import Row, paired_rates
 from tests.bench.dreaming import calibrated_judge, dream_round
 
 PAIRS = 128
-"""As `configs/cpu-coffee.yaml` dreams: the beginning and the end of a round, when few scenarios are under way, are the
-smaller part."""
+"""As many as `configs/cpu-coffee.yaml` dreams: the beginning and the end of a round, when few scenarios are under way,
+are the smaller part."""
 HF_SHARE = 6
 """Hugging Face gets every sixth request, which is enough for a rate."""
 HF_BATCH = 32
