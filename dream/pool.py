@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,18 +123,19 @@ class EnginePool:
 
     async def __aenter__(self) -> "EnginePool":
         self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
-        for replica in self._replicas:
-            replica.coming = asyncio.ensure_future(self._start(replica))
-        await self._first_up()
+        await self._bring_up(self._start)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._close()
 
-    async def _first_up(self) -> None:
-        """Waits for the first engine; all end where its start fails."""
+    async def _bring_up(self, start_one: Callable[[_Replica], Coroutine[Any, Any, None]]) -> None:
+        """Starts every engine and waits for the first; all end where that fails."""
+        starts = []
+        for replica in self._replicas:
+            replica.coming = asyncio.ensure_future(start_one(replica))
+            starts.append(replica.coming)
         try:
-            starts = [replica.coming for replica in self._replicas if replica.coming]
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
             for start in done:
                 start.result()
@@ -153,8 +154,7 @@ class EnginePool:
         self._closed = False
         for replica in self._replicas:
             replica.put(self._new_actor())
-            replica.coming = asyncio.ensure_future(self._start_or_replace(replica))
-        await self._first_up()
+        await self._bring_up(self._start_or_replace)
 
     @property
     def up(self) -> int:

@@ -192,15 +192,21 @@ def test_each_engine_has_restarts_of_its_own(tmp_path: Path) -> None:
     assert (len(answers), restarts) == (4, 2)
 
 
+@pytest.fixture
+def everything(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The processors of the machine, of which an engine asks for all."""
+    connect(None)
+    found = int(ray.cluster_resources()["CPU"])
+    monkeypatch.setattr(pool_module, "actor_resources", lambda config, on_gpu: {"num_cpus": found})
+    return found
+
+
 def test_pool_opens_with_the_first_engine_and_says_what_the_others_wait_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, everything: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An engine without a place keeps nobody waiting."""
     deaths = tmp_path / "deaths"
     deaths.touch()
-    connect(None)
-    everything = int(ray.cluster_resources()["CPU"])
-    monkeypatch.setattr(pool_module, "actor_resources", lambda config, on_gpu: {"num_cpus": everything})
     monkeypatch.setattr(pool_module, "PLACE_S", 1.0)
 
     async def go() -> list[list[Completion]]:
@@ -214,15 +220,10 @@ def test_pool_opens_with_the_first_engine_and_says_what_the_others_wait_for(
     assert f"it needs a node with {everything} CPU, 0 GPU; free in the whole cluster: 0 CPU" in caplog.text
 
 
-def test_released_engines_leave_their_places_until_they_have_new_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_released_engines_leave_their_places_until_they_have_new_weights(tmp_path: Path, everything: int) -> None:
     """While they rest Ray has what they took to give away; afterwards they are all back and the figures go on."""
     deaths = tmp_path / "deaths"
     deaths.touch()
-    connect(None)
-    everything = int(ray.cluster_resources()["CPU"])
-    monkeypatch.setattr(pool_module, "actor_resources", lambda config, on_gpu: {"num_cpus": everything})
 
     @ray.remote(num_cpus=everything)
     def work() -> str:

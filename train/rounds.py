@@ -252,9 +252,8 @@ async def prove_served(loop: Loop, folder: Path) -> None:
     Raises:
         TrainingError: the engine's log-probabilities differ from the trainer's by more than rounding explains.
     """
-    texts = [
-        Probe.model_validate(probe) for probe in read_json(folder / "probes.json")
-    ]  # templates may be edited since
+    # As they were when the round trained: templates may be edited since.
+    texts = [Probe.model_validate(probe) for probe in read_json(folder / "probes.json")]
     trained = read_json(folder / "train" / "probes.json")
     # All at once, so that every replica that is up gets some.
     scores = await asyncio.gather(*(loop.engine.score(probe.messages, [probe.reply]) for probe in texts))

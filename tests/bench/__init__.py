@@ -44,16 +44,19 @@ def paired_rates(name: str, ours: Sequence[float], other: Sequence[float], *, ta
 
 def resident_peak() -> int:
     """The largest resident size of this process so far, in bytes; not ru_maxrss, which begins with the parent's."""
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found[1]) * 1024
+    return _status("VmHWM")
 
 
 def resident_held() -> int:
     """The resident size of this process, in bytes, without garbage and what malloc keeps of freed memory (glibc)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    found = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """A size that the kernel tells of this process, in bytes."""
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) * 1024
 
