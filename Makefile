@@ -5,6 +5,8 @@ READY := .venv/.ready
 # Where PyTorch's CPU build is looked for when the ordinary index does not have it.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
+# .venv holds CPU builds: a GPU that is there is not used, and does not change the default configuration either.
+export CUDA_VISIBLE_DEVICES := -1
 
 .PHONY: demo test test-fast lint types bench audit lock lock-gpu clean
 

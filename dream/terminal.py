@@ -298,8 +298,12 @@ def undo_sentence(result: "UndoResult") -> str:
     half, limit = result.half_undone_after, result.limit
     if result.gain <= 0:
         return "nothing to undo: the policy's margin is not above the initial model's"
+    chance = ""
+    if result.undone_after_ci is not None:
+        low, high = (f"more than {limit}" if end is None else str(end) for end in result.undone_after_ci)
+        chance = f" (95 %: {low})" if low == high else f" (95 %: {low} to {high})"
     if result.undone_after is not None:
-        return f"{result.undone_after} of {limit} opposite examples undo what was learned, {half} half of it"
-    return f"{limit} opposite examples do not undo what was learned, " + (
+        return f"{result.undone_after} of {limit} opposite examples{chance} undo what was learned, {half} half of it"
+    return f"{limit} opposite examples{chance} do not undo what was learned, " + (
         f"{half} half of it" if half is not None else "nor half of it"
     )

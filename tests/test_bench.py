@@ -176,7 +176,7 @@ def test_effect_tells_what_a_run_did(tmp_path: Path, capsys: pytest.CaptureFixtu
     """The accepted policy beside the initial one, or the last candidate, with the gate's word; and a readable plot."""
     figure = figures(np.stack([-np.ones((8, 2, 2)), np.ones((8, 2, 2))], -1), {"clear": [], "flawed": []}, 0)
     better = figures(np.array([[[[0.0, -1.0]] * 2, [[0.0, 1.0]] * 2]] * 8), {"clear": [], "flawed": []}, 0)
-    nothing = Retention(arithmetic=[1.0], facts=[0.0], format=[], neutral=[], tasks={})
+    nothing = Retention(arithmetic=[1.0, 1.0, 1.0, 0.0], facts=[0.0], format=[], neutral=[], tasks={})
     for number, heldout in enumerate((figure, better)):
         one = RoundEvaluation(heldout=heldout, fresh=None, retention=nothing)
         write_json(tmp_path / f"round_0{number}" / "eval.json", one.model_dump())
@@ -190,6 +190,7 @@ def test_effect_tells_what_a_run_did(tmp_path: Path, capsys: pytest.CaptureFixtu
     kept = capsys.readouterr().out
     assert "| mine | before | after |" in kept
     assert "| held-out: strict crossed | 0.000 | 0.000 | [+0.000, +0.000] |" in kept
+    assert "| retention: mean of the kinds | 0.375 | 0.375 |" in kept  # of .75 and 0, however many questions each has
     assert effect.main(["--candidate", "--svg", str(tmp_path / "plot.svg"), f"mine={tmp_path}"]) == 0
     shown = capsys.readouterr().out
     assert "| held-out: strict crossed | 0.000 | 1.000 | [+1.000, +1.000] |" in shown

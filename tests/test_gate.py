@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dream.config import GateConfig
+from dream.config import GateConfig, load
 from train.behaviour import Behaviour, Ruling, Sampled
 from train.evals import RoundEvaluation, figures
 from train.gate import Decision, Items, change, decide, gain, no_fall, no_loss, no_rise, no_task_fall, tail
@@ -177,6 +178,42 @@ def test_certainty_may_fall_where_more_pairs_are_right() -> None:
     )
     assert after.heldout.clear.margin < before.heldout.clear.margin
     assert decide(before, after, CONFIG).decision == "promote"
+
+
+def test_one_lucky_pair_does_not_hide_a_drift() -> None:
+    """One flawed pair that turns right by chance does not excuse the preference of all others."""
+    d = np.array([[[-3.0, -3.0], [-0.2, -0.2]]] * COUNT)
+    worse = d - [[0.0], [1.3]]
+    worse[0] = 0.1
+    before, after = by_likelihood(d, worse)
+    assert after.heldout.flawed.accuracy > before.heldout.flawed.accuracy
+    assert "flawed_preference" in failed(decide(before, after, CONFIG))
+
+
+def test_scores_beyond_all_bounds_are_decided_on() -> None:
+    """A policy that blew up is rejected like any other that lost a stance, without an overflow."""
+    before, after = by_likelihood([[[-1.0, -1.0], [1.0, 1.0]]] * 20, [[[-2000.0, -2000.0]] * 2] * 20)
+    assert "flawed_preference" in failed(decide(before, after, CONFIG))
+
+
+def test_few_gains_are_no_evidence() -> None:
+    """Five pairs of many turn right and none wrong: resamples hold no loss, but chance does that once in 32 times."""
+    items = Items([0.0] * 144, [1.0] * 5 + [0.0] * 139)
+    assert gain("x", items, 0.0, 0.975).passed
+    assert not gain("x", items, 0.0, 0.975, counted=True).passed
+    seven = Items([0.0] * 144, [0.5] * 7 + [0.0] * 137)
+    assert gain("x", seven, 0.0, 0.975, counted=True).passed
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_configured_sizes_can_fail(path: Path) -> None:
+    """Where all that was right is lost, every check of sampled behaviour must be able to say so."""
+    config, _ = load(path)
+    sizes = config.eval
+    counts = (sizes.pressed_scenarios, sizes.lookalikes, 2 * sizes.steered_scenarios, 2 * sizes.sampled_scenarios)
+    assert all(tail(count, count) <= 1 - config.gate.confidence for count in counts)
 
 
 def test_accuracy_promotes_where_the_margin_does_not_rise() -> None:
@@ -361,8 +398,8 @@ def test_what_is_not_a_number_is_rejected() -> None:
     assert (decision.decision, decision.conclusive) == ("roll_back", True)
 
 
-@pytest.mark.parametrize("count", [8, 32])
-@pytest.mark.parametrize("kind", ["normal", "skewed", "right or wrong"])
+@pytest.mark.parametrize("count", [8, 32, 144])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "right or wrong", "rarely right"])
 def test_noise_passes_no_oftener_than_it_may(kind: str, count: int) -> None:
     """Over 400 candidates that differ from their policy by chance alone, a gain or a fall is found in hardly more than
     one of twenty, at a confidence of .95."""
@@ -371,12 +408,14 @@ def test_noise_passes_no_oftener_than_it_may(kind: str, count: int) -> None:
         "normal": lambda: rng.normal(0, 1, count),
         "skewed": lambda: rng.exponential(1, count),
         "right or wrong": lambda: (rng.random(count) < 0.6).astype(float),
+        "rarely right": lambda: (rng.random(count) < 0.04).astype(float),
     }[kind]
+    counted = "right" in kind
     gained = fell = 0
     for _ in range(400):
         items = Items(draw().tolist(), draw().tolist())
-        gained += gain("x", items, 0.0, SURE).passed
-        check = no_loss if kind == "right or wrong" else no_fall
+        gained += gain("x", items, 0.0, SURE, counted=counted).passed
+        check = no_loss if counted else no_fall
         fell += not check("x", items, 0.0, "fell", SURE).passed
     assert gained / 400 < 1.5 * (1 - SURE)
     assert fell / 400 < 1.5 * (1 - SURE)

@@ -51,7 +51,7 @@ class PolicyEngine(ScriptedEngine):
     def __init__(self, write: Callable, likelihood: Callable) -> None:
         super().__init__(write, self.score_plain)
         self.likelihood, self.skill = likelihood, skill_of(None)
-        self.resting = False
+        self.resting = self.deaf = False
 
     async def rest(self) -> None:
         self.resting = True
@@ -63,7 +63,7 @@ class PolicyEngine(ScriptedEngine):
 
     def learn(self, folder: Path | None) -> None:
         """Becomes as good as the weights are."""
-        self.skill = skill_of(folder)
+        self.skill = skill_of(None if self.deaf else folder)
 
     def score_plain(self, messages: Sequence[Message], reply: str) -> float:
         """Plain prompts by skill; steering prompts, which the judge asks about, by the shared script."""
@@ -87,6 +87,7 @@ class World:
         self.run, self.judge, self.templates, self.new_engine, self.settings = run, judge, templates, engine, settings
         self.skills = [1.0, 2.0, 3.0, 4.0, 5.0]
         self.lie = 0.0
+        self.deaf = False
         self.fingerprint = ""
         self.specs: list[StepSpec] = []
         self.events: list[tuple[str, Path | None]] = []
@@ -115,6 +116,7 @@ class World:
     def go(self, *, kill: str = "", data: Sequence[ContrastPair] = (), **sections: dict | int) -> list[RoundResult]:
         """Runs the loop; dies with `Killed` at the first event that contains `kill`."""
         self.kill, self.round, self.engine = kill, 0, self.new_engine()
+        self.engine.deaf = self.deaf
         loop = Loop(
             self.run, self.engine, self.judge, self.templates, self.config(**sections), "model", self.train, self,
             data=data, fingerprint=self.fingerprint,
@@ -163,7 +165,8 @@ class World:
         self.see(f"round {self.round}: within the trainer")
         engine = self.new_engine()
         scores = {}
-        for when, skill in (("before", skill_of(None)), ("after", self.skills[number - 1])):
+        parent = spec.adapter or spec.weights
+        for when, skill in (("before", skill_of(parent and Path(parent))), ("after", self.skills[number - 1])):
             engine.skill = skill
             scores[when] = [engine.score_plain(probe.messages, probe.reply) + self.lie for probe in spec.probes]
         write_json(half / "probes.json", scores)
@@ -391,7 +394,7 @@ def test_engines_rest_while_lm_eval_has_the_model(world: World, monkeypatch: pyt
     """It loads the policy a second time; afterwards the same weights are served."""
     asked = []
 
-    def scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bool) -> dict[str, TaskScore]:
+    async def scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bool) -> dict[str, TaskScore]:
         asked.append((tasks, weights, world.engine.resting))
         return {"piqa": TaskScore(value=0.5, stderr=0.1)}
 
@@ -489,6 +492,33 @@ def test_other_weights_in_the_engine_are_noticed(world: World, lie: float) -> No
     assert served["apart"] == pytest.approx(abs(lie), nan_ok=True)
     assert finished_rounds(world.run) == []
     assert read_policy(world.run).round == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_engine_that_kept_the_old_weights_is_noticed(world: World, dtype: str) -> None:
+    """After a step that moves less than rounding may, too: the scores did not move at all."""
+    world.skills[0] = skill_of(None) + 0.004
+    world.deaf = True
+    with pytest.raises(TrainingError, match=r"still those of before the step.*remove .*train to have"):
+        world.go(rounds=1, engine={"dtype": dtype})
+    assert finished_rounds(world.run) == []
+
+
+@pytest.mark.parametrize(
+    ("noise", "followed"),
+    [(0.0, True), (0.02, True), (0.05, None), (math.nan, None)],
+)
+def test_small_steps_prove_nothing(noise: float, followed: bool | None) -> None:
+    """Where rounding sets engine and trainer apart by as much as the step moved, either movement could be seen."""
+    before, after = np.full(8, -2.0), np.full(8, -1.9)
+    other = noise * np.array([1, -1] * 4)
+    assert rounds.follows(before, after, list(before + other), list(after - other)) is followed
+    assert rounds.follows(before, after, list(before + other), list(before + other)) is (False if followed else None)
+
+
+def test_probes_of_an_older_version_are_not_compared() -> None:
+    """Their score before the step is not known."""
+    assert rounds.follows(np.zeros(2), np.ones(2), [None, None], [1.0, 1.0]) is None
 
 
 def test_rounding_is_not_taken_for_other_weights(world: World) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from train.undo import (
     UndoResult,
     UndoSpec,
     crossed,
-    crossed_margin,
+    crossed_margins,
     is_measured,
     opposite,
     prepare,
@@ -134,17 +135,19 @@ def test_margin_sees_the_condition_only(pairs: list[tuple[Any, ...]], shift: flo
     """Liking push-back more under every prompt changes nothing; prompts that change places turn the sign."""
     scores = [score for pair in pairs for score in pair]
     rows = [LENGTHS] * len(scores)
-    margin = crossed_margin(scores, rows)
+    margins = crossed_margins(scores, rows)
     shifted = [(push + shift, comply) for push, comply in scores]
     exchanged = [scores[number ^ 1] for number in range(len(scores))]
-    assert crossed_margin(shifted, rows) == pytest.approx(margin, abs=1e-9)
-    assert crossed_margin(exchanged, rows) == pytest.approx(-margin, abs=1e-9)
+    assert len(margins) == len(pairs)
+    assert crossed_margins(shifted, rows) == pytest.approx(margins, abs=1e-9)
+    assert crossed_margins(exchanged, rows) == pytest.approx(-margins, abs=1e-9)
 
 
 def test_margin_is_a_mean_over_tokens_and_reply_sets() -> None:
-    """d is a mean-token difference, averaged over the two reply sets of a pair: by hand."""
-    scores = [(-2.0, -6.0), (-4.0, -3.0), (-2.0, -3.0), (-2.0, -3.0)]  # d: 1, -1, 0, 0
-    assert crossed_margin(scores, [LENGTHS] * 4) == pytest.approx(1.0)
+    """d is a mean-token difference, averaged over the two reply sets of each scenario: by hand."""
+    first = [(-2.0, -6.0), (-4.0, -3.0), (-2.0, -3.0), (-2.0, -3.0)]  # d: 1, -1, 0, 0
+    second = [(-2.0, -3.0), (-2.0, -3.0), (-2.0, -9.0), (-2.0, -6.0)]  # d: 0, 0, 2, 1
+    assert crossed_margins([*first, *second], [LENGTHS] * 8) == pytest.approx([1.0, 0.5])
 
 
 @given(st.integers(1, 200))
@@ -155,32 +158,59 @@ def test_looks_double_and_include_the_last(limit: int) -> None:
     assert all(after <= 2 * before for before, after in pairwise(looks))
 
 
-@given(st.floats(-1, 1), st.floats(0.01, 1), st.lists(st.floats(-2, 2), min_size=1, max_size=7))
-def test_counts_are_the_first_at_or_below_their_bound(initial: float, gain: float, margins: list[float]) -> None:
-    """Whatever the path does later, the counts stand at its first crossings, and half is never after the whole."""
-    path = [Measured(examples=2**place, margin=margin) for place, margin in enumerate(margins)]
-    result = verdict(initial, initial + gain, path, path[-1].examples)
-    for count, bound in ((result.undone_after, initial), (result.half_undone_after, (initial + initial + gain) / 2)):
+def found(initial: float, policy: float, margins: list[float], spread: float = 0.0, limit: int = 4) -> UndoResult:
+    """A verdict over looks after 1, 2, 4, ... examples, of nine scenarios; margins of looks lie within `spread`."""
+    noise = np.linspace(-spread, spread, 9)
+    path = [(2**place, np.full(9, margin) + noise) for place, margin in enumerate(margins)]
+    return verdict(np.full(9, initial), np.full(9, policy), path, limit)
+
+
+@given(st.floats(-1, 1), st.floats(0.01, 1), st.lists(st.floats(-2, 2), min_size=1, max_size=7), st.floats(0, 1))
+def test_counts_are_the_first_at_or_below_their_bound(
+    initial: float, gain: float, margins: list[float], spread: float
+) -> None:
+    """Whatever the path does later, the counts stand at its first crossings, half is never after the whole, and the
+    interval's ends are in order."""
+    result = found(initial, initial + gain, margins, spread, 2 ** (len(margins) - 1))
+    path = result.path
+    bounds = (result.initial_margin, (result.initial_margin + result.policy_margin) / 2)
+    for count, bound in zip((result.undone_after, result.half_undone_after), bounds, strict=True):
         earlier = path if count is None else [one for one in path if one.examples < count]
         assert all(one.margin > bound for one in earlier)
         assert count is None or next(one.margin for one in path if one.examples == count) <= bound
     if result.undone_after is not None:
         assert result.half_undone_after is not None
         assert result.half_undone_after <= result.undone_after
+    assert result.undone_after_ci is not None
+    low, high = (float("inf") if end is None else end for end in result.undone_after_ci)
+    assert low <= high
+
+
+@pytest.mark.parametrize(
+    ("spread", "ci"),
+    [(0.01, (4, 4)), (0.8, (2, 4)), (3.0, (1, None))],
+)
+def test_interval_widens_with_the_scenarios(spread: float, ci: tuple[int | None, int | None]) -> None:
+    """Scenarios that agree leave one count; the more they differ, the more counts chance could give, up to none."""
+    assert found(0.0, 1.0, [0.9, 0.3, -0.4], spread).undone_after_ci == ci
+
+
+def test_one_scenario_has_no_interval() -> None:
+    """A single scenario says nothing of chance."""
+    assert verdict(np.zeros(1), np.ones(1), [(1, np.array([-0.5]))], 1).undone_after_ci is None
 
 
 @pytest.mark.parametrize(
     ("margins", "said"),
     [
-        ([0.9, 0.4, 0.1], "4 of 4 opposite examples undo what was learned, 2 half of it"),
-        ([0.9, 0.8, 0.5], "4 opposite examples do not undo what was learned, 4 half of it"),
-        ([1.0, 0.9, 0.8], "4 opposite examples do not undo what was learned, nor half of it"),
+        ([0.9, 0.4, 0.1], "4 of 4 opposite examples (95 %: 4) undo what was learned, 2 half of it"),
+        ([0.9, 0.8, 0.5], "4 opposite examples (95 %: more than 4) do not undo what was learned, 4 half of it"),
+        ([1.0, 0.9, 0.8], "4 opposite examples (95 %: more than 4) do not undo what was learned, nor half of it"),
     ],
 )
 def test_sentence_says_the_number(margins: list[float], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The table ends with a sentence that holds the count, or says that the limit was not enough."""
-    path = [Measured(examples=2**place, margin=margin) for place, margin in enumerate(margins)]
-    undo_table(verdict(0.1, 1.1, path, 4))
+    undo_table(found(0.1, 1.1, margins))
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == said
     assert shown[-2].split() == ["4", f"{margins[-1]:+.3f}", f"{(margins[-1] - 0.1):.0%}"[:-1], "%"]
@@ -247,7 +277,7 @@ def test_command_starts_the_child_and_cleans_up(
 ) -> None:  # fmt: skip
     """`tasks.undo` gives the child's result, shows its lines, and leaves neither run nor temporary folder changed."""
     begun = []
-    expected = verdict(0.0, 1.0, [Measured(examples=1, margin=-0.5)], 1)
+    expected = found(0.0, 1.0, [-0.5], limit=1)
 
     def child(spec: UndoSpec, folder: Path, on_line: Callable[[dict[str, Any]], None], module: str) -> None:
         begun.append((folder, module))
@@ -283,7 +313,7 @@ def test_eval_writes_the_result(
     with RunFolder(run, runs.manifest("train", Config(), Path("some.yaml"), [])):
         pass
     seen = []
-    expected = verdict(0.0, 1.0, [Measured(examples=1, margin=0.5), Measured(examples=2, margin=-0.5)], 2)
+    expected = found(0.0, 1.0, [0.5, -0.5], limit=2)
     monkeypatch.setattr(tasks, "undo", lambda config, *rest: seen.append(config) or expected)
     assert command(monkeypatch, "--run", run, "--undo", "--json", file, "--set", "eval.fresh_pairs=7") == 0
     assert seen[0].eval.fresh_pairs == 7
@@ -293,9 +323,10 @@ def test_eval_writes_the_result(
         "path": [{"examples": 1, "margin": 0.5}, {"examples": 2, "margin": -0.5}],
         "half_undone_after": 1,
         "undone_after": 2,
+        "undone_after_ci": [2, 2],
         "limit": 2,
     }
-    assert "2 of 2 opposite examples undo what was learned, 1 half of it" in capsys.readouterr().out
+    assert "2 of 2 opposite examples (95 %: 2) undo what was learned, 1 half of it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [("--model", "m"), ("--run", "r", "--pairs", "p.jsonl")])

@@ -20,6 +20,8 @@ class Probe(Record):
 
     messages: list[Message]
     reply: str
+    served_before: float | None = None
+    """Its mean-token log-probability in the engine before the step, in nats."""
 
 
 class Rehearsed(Record):

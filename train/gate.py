@@ -2,6 +2,7 @@
 
 Every comparison is paired and made against chance: a gain must lie beyond it to promote (of the crossed margin or of
 the crossed pair accuracy, with half the chance each); a fall that is larger than allowed and beyond it prevents that.
+Chance is that of the draws: another draw of the same templates would say the same, other templates may not.
 Comply and push-back are gated apart, so that neither is bought with the other.
 
 Of twenty checks one finds a fall by chance. So a fall counts as evidence against a candidate (`conclusive`) only when
@@ -20,6 +21,7 @@ from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.special import expit
 from scipy.stats import t as student
 
 from dream.config import GateConfig
@@ -125,7 +127,7 @@ def _gains(both: Both, config: GateConfig) -> list[Check]:
     sure = 1 - (1 - config.confidence) / 2
     return [
         gain("margin", _together(both, "margin"), config.min_margin_gain, sure),
-        gain("accuracy", _together(both, "pair_right"), config.min_pair_accuracy_gain, sure),
+        gain("accuracy", _together(both, "pair_right"), config.min_pair_accuracy_gain, sure, counted=True),
     ]
 
 
@@ -153,8 +155,9 @@ def _likelihood_drift(both: Both, config: GateConfig) -> list[Check]:
     A small model's sampled replies mostly take no stance, so that there is little to lose, and where its share of right
     own pairs is near zero that is as blind. The preference, the mean of 1 / (1 + exp(-d)), is never: it sees a policy
     that goes along (or argues) with everything, of which the crossed margin knows nothing. It is not asked where more
-    pairs are right than before: a policy that used to comply in any case loses certainty, and no stance, when it learns
-    to look (docs/LOG.md, "Certainty is not stance"), and no shift of all pairs one way makes more of them right.
+    pairs are right than before beyond chance: a policy that used to comply in any case loses certainty, and no stance,
+    when it learns to look (docs/LOG.md, "Certainty is not stance"), and no shift of all pairs one way makes more of
+    them right.
     """
     allowed, sure = config.max_stance_drop, config.confidence
     checks = []
@@ -162,8 +165,8 @@ def _likelihood_drift(both: Both, config: GateConfig) -> list[Check]:
         own = _together(both, f"{side}_own")
         right = Items(*([float(value > 0) for value in values] for values in own))
         checks.append(no_loss(f"{side}_own_accuracy", right, allowed, f"{words}, by likelihood", sure))
-        if not mean(right.after) > mean(right.before):
-            preference = Items(*([1 / (1 + math.exp(-value)) for value in values] for values in own))
+        if not _rose_by_sign(right, 1 - sure):
+            preference = Items(*(expit(np.array(values)).tolist() for values in own))
             checks.append(no_fall(f"{side}_preference", preference, allowed, f"{words}, by preference", sure))
     return checks
 
@@ -257,11 +260,15 @@ def _style(both: Both, config: GateConfig) -> list[Check]:
     return checks
 
 
-def gain(name: str, items: Items, least: float, confidence: float) -> Check:
-    """Passes when the interval of the paired mean change lies above `least`."""
+def gain(name: str, items: Items, least: float, confidence: float, *, counted: bool = False) -> Check:
+    """Passes when the interval of the paired mean change lies above `least`.
+
+    Items that are `counted` are right or wrong (or half right), so that few of them change, and resamples of a handful
+    of gains hold no loss; the gains must then be unlikely by their number, too.
+    """
     ci = change(items, confidence)
-    words = f"crossed {name} did not rise beyond chance"
-    return _bootstrapped(name, items, least, ci, ci is not None and ci[0] > least, words)
+    rose = ci is not None and ci[0] > least and (not counted or _rose_by_sign(items, (1 - confidence) / 2))
+    return _bootstrapped(name, items, least, ci, rose, f"crossed {name} did not rise beyond chance")
 
 
 def no_fall(name: str, items: Items, allowed: float, words: str, confidence: float) -> Check:
@@ -282,14 +289,13 @@ def no_rise(name: str, items: Items, allowed: float, words: str, confidence: flo
 def no_loss(name: str, items: Items, allowed: float, words: str, confidence: float) -> Check:
     """For items that are right (1.0) or wrong (0.0): fails when the share of right ones fell by more than `allowed` and
     McNemar's exact one-sided test finds so many losses unlikely (Psychometrika 12, 1947)."""
-    changes = [now - then for then, now in zip(items.before, items.after, strict=True)]
-    lost, won = sum(one < 0 for one in changes), sum(one > 0 for one in changes)
+    lost, won = _changed(items)
     p_value, (before, after) = tail(lost, lost + won), map(mean, items)
     passed = before - after <= allowed or p_value > 1 - confidence
     return Check(
         name=name,
         method="mcnemar",
-        items=len(changes),
+        items=len(items.before),
         before=before,
         after=after,
         allowed=allowed,
@@ -335,6 +341,18 @@ def change(items: Items, confidence: float) -> tuple[float, float] | None:
 def tail(losses: int, changed: int) -> float:
     """The chance of at least so many losses among `changed` items when losses and gains are as likely."""
     return float(sum(math.comb(changed, count) for count in range(losses, changed + 1)) / 2**changed)
+
+
+def _changed(items: Items) -> tuple[int, int]:
+    """How many items fell, and how many rose."""
+    changes = [now - then for then, now in zip(items.before, items.after, strict=True)]
+    return sum(one < 0 for one in changes), sum(one > 0 for one in changes)
+
+
+def _rose_by_sign(items: Items, chance: float) -> bool:
+    """Whether so many of the items that changed rose that it is at most this likely by chance."""
+    lost, won = _changed(items)
+    return tail(won, lost + won) <= chance
 
 
 def _together(both: Both, name: str) -> Items:

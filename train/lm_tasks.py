@@ -1,8 +1,10 @@
 """Tasks of the `lm-eval` package (https://github.com/EleutherAI/lm-evaluation-harness), where it is installed."""
 
+import asyncio
 import importlib.util
 import json
-import subprocess
+import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,8 +37,9 @@ def check_installed(tasks: Sequence[str]) -> None:
         )
 
 
-def lm_scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bool = False) -> dict[str, TaskScore]:
-    """Scores of a model folder on the named tasks, in a process of its own; nothing for no tasks.
+async def lm_scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bool = False) -> dict[str, TaskScore]:
+    """Scores of a model folder on the named tasks, in a process of its own, which ends with this one and when the call
+    is cancelled; nothing for no tasks.
 
     Raises:
         ConfigError: the package is not installed.
@@ -47,14 +50,20 @@ def lm_scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bool = F
         return {}
     with tempfile.TemporaryDirectory() as folder:
         model = f"pretrained={weights},trust_remote_code={trust_remote_code}"
-        command = [
-            sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", model,
-            "--tasks", ",".join(tasks), "--output_path", folder,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "train.child", str(os.getpid()), "train.lm_tasks", "--model", "hf",
+            "--model_args", model, "--tasks", ",".join(tasks), "--output_path", folder,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            out, err = await child.communicate()
+        finally:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
         results = sorted(Path(folder).rglob("results*.json"))
-        if done.returncode or not results:
-            said = (done.stderr or done.stdout).strip().splitlines()
+        if child.returncode or not results:
+            said = (err or out).decode(errors="replace").strip().splitlines()
             raise TrainingError(f"eval.lm_eval_tasks: lm-eval failed: {said[-1] if said else 'nothing was said'}")
         found = json.loads(results[-1].read_text(encoding="utf-8"))["results"]
     return {task: _score(task, found.get(task, {})) for task in tasks}
@@ -74,3 +83,10 @@ def _score(task: str, figures: dict[str, Any]) -> TaskScore:
     raise TrainingError(
         f"eval.lm_eval_tasks: {task} reports none of {', '.join(METRICS)}; it has {', '.join(figures) or 'nothing'}"
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m lm_eval` with these arguments, for `train.child`."""
+    sys.argv = ["lm_eval", *argv]
+    runpy.run_module("lm_eval", run_name="__main__")
+    return 0

@@ -11,6 +11,8 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from dream.audit import Audit
 from dream.config import Config
 from dream.embed import Embed
@@ -211,7 +213,11 @@ async def train_candidate(
         )  # fmt: skip
         steps = ceil(len(rows) / config.batch_size)
         rehearsed, repaired = await rehearse(loop.engine, config, steps, loop.config.round_seed(number))
-        proofs = probes(loop.templates)
+        texts = probes(loop.templates)
+        proofs = [
+            text.model_copy(update={"served_before": score})
+            for text, score in zip(texts, await served_scores(loop.engine, texts), strict=True)
+        ]
         write_json(folder / "probes.json", [probe.model_dump() for probe in proofs])
         (folder / "rows.jsonl").unlink(missing_ok=True)
         log = Log(folder / "rows.jsonl")
@@ -247,26 +253,59 @@ async def serve(loop: Loop, policy: Policy) -> None:
 
 
 async def prove_served(loop: Loop, folder: Path) -> None:
-    """Checks that the engine serves what was trained: fixed texts must score there as in the trainer.
+    """Checks that the engine serves what was trained: fixed texts must score there as in the trainer, and their scores
+    must have moved as they did there.
 
     Raises:
-        TrainingError: the engine's log-probabilities differ from the trainer's by more than rounding explains.
+        TrainingError: the engine's log-probabilities differ from the trainer's by more than rounding explains, or they
+            are still those of before the step.
     """
     # As they were when the round trained: templates may be edited since.
     texts = [Probe.model_validate(probe) for probe in read_json(folder / "probes.json")]
     trained = read_json(folder / "train" / "probes.json")
-    # All at once, so that every replica that is up gets some.
-    scores = await asyncio.gather(*(loop.engine.score(probe.messages, [probe.reply]) for probe in texts))
-    served = [mean(score[0]) for score in scores]
-    changed = max(abs(a - b) for a, b in zip(trained["after"], trained["before"], strict=True))
-    apart = max(abs(a - b) for a, b in zip(trained["after"], served, strict=True))
-    write_json(folder / "served.json", {**trained, "served": served, "largest_change": changed, "apart": apart})
+    served = await served_scores(loop.engine, texts)
+    before, after = np.array(trained["before"]), np.array(trained["after"])
+    changed, apart = float(np.abs(after - before).max()), float(np.abs(after - served).max())
+    followed = follows(before, after, [probe.served_before for probe in texts], served)
+    write_json(
+        folder / "served.json",
+        {**trained, "served": served, "largest_change": changed, "apart": apart, "followed": followed},
+    )
+    way_out = f"see {folder / 'served.json'}; remove {folder / 'train'} to have the same command train the round again"
     tolerance = 0.05 if loop.config.engine.dtype != "float32" else 0.005
     if not apart <= tolerance:  # also when it is not a number
         raise TrainingError(
             f"{folder}: the engine does not serve what was trained: log-probabilities of fixed texts differ by "
-            f"{apart:.3f} a token; see {folder / 'served.json'}"
+            f"{apart:.3f} a token; {way_out}"
         )
+    if followed is False:
+        raise TrainingError(
+            f"{folder}: the engine does not serve what was trained: log-probabilities of fixed texts are still those "
+            f"of before the step; {way_out}"
+        )
+
+
+async def served_scores(engine: Engine, texts: Sequence[Probe]) -> list[float]:
+    """Mean-token log-probabilities of texts; all asked for at once, so that every replica that is up gets some."""
+    scores = await asyncio.gather(*(engine.score(probe.messages, [probe.reply]) for probe in texts))
+    return [mean(score[0]) for score in scores]
+
+
+def follows(
+    before: np.ndarray, after: np.ndarray, served_before: Sequence[float | None], served: Sequence[float]
+) -> bool | None:
+    """Whether the engine's scores moved by at least half of what the trainer's did, in the same direction.
+
+    None where that cannot be seen: the step is not large beside what rounding sets the two apart by, as at the rates of
+    large models, or the engine was not asked before.
+    """
+    if None in served_before:
+        return None
+    there = np.array(served_before, dtype=float)
+    step = after - before
+    if not np.linalg.norm(step) > 4 * np.linalg.norm(there - before):
+        return None
+    return bool(step @ (np.array(served) - there) >= 0.5 * (step @ step))
 
 
 async def evaluation(loop: Loop, folder: Path, policy: Policy, stage: str) -> RoundEvaluation:
@@ -275,14 +314,13 @@ async def evaluation(loop: Loop, folder: Path, policy: Policy, stage: str) -> Ro
     if path.exists() and (stored := read_evaluation(path)).fingerprint == loop.fingerprint:
         return stored
     loop.reporter.stage(stage)
-    measured = await evaluate_round(loop.engine, loop.judge, loop.templates, loop.config)
-    weights = str(loop.run / policy.weights) if policy.weights else loop.model
     tasks: dict[str, TaskScore] = {}
-    if names := loop.config.eval.lm_eval_tasks:
+    if names := loop.config.eval.lm_eval_tasks:  # first, as it is what may fail
         await loop.engine.rest()  # lm-eval loads the policy a second time
-        trust = loop.config.engine.trust_remote_code
-        tasks = await asyncio.to_thread(lm_scores, names, weights, trust_remote_code=trust)
+        weights = str(loop.run / policy.weights) if policy.weights else loop.model
+        tasks = await lm_scores(names, weights, trust_remote_code=loop.config.engine.trust_remote_code)
         await serve(loop, policy)
+    measured = await evaluate_round(loop.engine, loop.judge, loop.templates, loop.config)
     kept = measured.retention.model_copy(update={"tasks": tasks})
     write_json(path, measured.model_copy(update={"retention": kept, "fingerprint": loop.fingerprint}).model_dump())
     return read_evaluation(path)

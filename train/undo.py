@@ -3,7 +3,8 @@
 The disposition is the crossed margin (docs/ARCHITECTURE.md, "What is measured") on new scenarios of trained kinds. The
 policy is trained on worked pairs whose chosen and rejected reply changed places, one scenario (both sides) an optimiser
 step, at the loss, flip probability and learning rate of its last promoted round, without rehearsal or repair. It is
-undone where its margin is no longer above the initial model's.
+undone where its margin is no longer above the initial model's. The count has a bootstrap interval over the scenarios
+that the margin is measured on; what another order of the examples would give is not in it.
 
 Reads an `UndoSpec`, prints a JSON line per measurement to stdout (all else goes to stderr) and leaves an `UndoResult`.
 
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dream.config import Config
 from dream.errors import ConfigError, DataError, RunError
 from dream.records import RIGHT_STANCE, WRONG_STANCE, EvalPair, PreferencePair, Record, assistant
@@ -24,6 +27,7 @@ from dream.store import Log, read_json, read_log, round_folder, write_json
 from dream.templates import Template
 from train.child import carry_out
 from train.data import Encoded, StepSpec, chat_ids, encode, with_other_sides
+from train.evals import RESAMPLES
 from train.history import read_policy
 
 if TYPE_CHECKING:  # torch, which the command line does without when it prepares a specification
@@ -60,6 +64,9 @@ class UndoResult(Record):
     """Empty where there was no gain to undo. It goes on to the limit, so that a count that chance gave is seen."""
     half_undone_after: int | None
     undone_after: int | None
+    undone_after_ci: tuple[int | None, int | None] | None
+    """The 95 % interval of `undone_after`, among the measured counts; an end is None where it lies beyond `limit`, the
+    interval where there is no gain, or one scenario only."""
     limit: int
 
     @property
@@ -151,13 +158,15 @@ def crossed(tokenizer: Any, rows: Sequence[EvalPair]) -> list[Encoded]:
     return found
 
 
-def crossed_margin(scores: Sequence[tuple[float, ...]], rows: Sequence[Encoded]) -> float:
-    """The mean of d(flawed) - d(clear), in nats a token, of the summed log-probabilities of `crossed` rows."""
+def crossed_margins(scores: Sequence[tuple[float, ...]], rows: Sequence[Encoded]) -> np.ndarray:
+    """d(flawed) - d(clear) of each scenario, the mean of its two reply sets, in nats a token, shape (scenarios,); of
+    the summed log-probabilities of `crossed` rows."""
     d = [
         push / max(1, len(row.chosen)) - comply / max(1, len(row.rejected))
         for (push, comply), row in zip(scores, rows, strict=True)
     ]
-    return (sum(d[::2]) - sum(d[1::2])) / (len(d) / 2)
+    flawed, clear = np.array(d).reshape(-1, 2, 2).mean(axis=1).T
+    return flawed - clear
 
 
 def is_measured(examples: int, limit: int) -> bool:
@@ -165,18 +174,34 @@ def is_measured(examples: int, limit: int) -> bool:
     return examples & (examples - 1) == 0 or examples == limit
 
 
-def verdict(initial: float, policy: float, path: Sequence[Measured], limit: int) -> UndoResult:
-    """The result of these margins: half undone where half the gain is left or less, undone where none is."""
+def verdict(
+    initial: np.ndarray, policy: np.ndarray, path: Sequence[tuple[int, np.ndarray]], limit: int, seed: int = 0
+) -> UndoResult:
+    """The result of these margins, each of shape (scenarios,): half undone where half the gain is left or less, undone
+    where none is."""
 
-    def first(bound: float) -> int | None:
-        return next((one.examples for one in path if one.margin <= bound), None)
+    def first(margins: Sequence[float], bound: float) -> int | None:
+        return next((count for (count, _), margin in zip(path, margins, strict=True) if margin <= bound), None)
 
+    before, start = float(initial.mean()), float(policy.mean())
+    means = [float(margins.mean()) for _, margins in path]
+    ci = None
+    if path and len(initial) > 1:
+        scenarios = np.stack([initial, *(margins for _, margins in path)], axis=1)
+        drawn = np.random.default_rng(seed).integers(0, len(scenarios), (RESAMPLES, len(scenarios)))
+        looks = scenarios[drawn].mean(axis=1)
+        counts = [first(margins, bound) for bound, *margins in looks.tolist()]
+        beyond = limit + 1
+        ends = np.quantile([beyond if one is None else one for one in counts], [0.025, 0.975], method="inverted_cdf")
+        low, high = (None if end == beyond else int(end) for end in ends)
+        ci = (low, high)
     return UndoResult(
-        initial_margin=initial,
-        policy_margin=policy,
-        path=list(path),
-        half_undone_after=first((initial + policy) / 2),
-        undone_after=first(initial),
+        initial_margin=before,
+        policy_margin=start,
+        path=[Measured(examples=count, margin=margin) for (count, _), margin in zip(path, means, strict=True)],
+        half_undone_after=first(means, (before + start) / 2),
+        undone_after=first(means, before),
+        undone_after_ci=ci,
         limit=limit,
     )
 
@@ -210,25 +235,28 @@ def run(spec: UndoSpec, report: Callable[[dict[str, Any]], None]) -> None:
     shared = prompts_can_be_shared(policy, measured, train.mixed_precision)
     scoring: dict[str, Any] = {"shared": shared, "bf16": train.mixed_precision, "batch": train.micro_batch_size}
 
-    def margin(model: "PreTrainedModel") -> float:
-        return crossed_margin(score_pairs(model, measured, **scoring), measured)
+    def margins(model: "PreTrainedModel") -> np.ndarray:
+        return crossed_margins(score_pairs(model, measured, **scoring), measured)
 
     if train.method == "lora":
         with policy.disable_adapter():
-            initial = margin(policy)
+            initial = margins(policy)
     else:
-        initial = margin(load_model(spec.model, torch.float32, spec.trust_remote_code))
-    before = margin(policy)
-    path: list[Measured] = []
+        initial = margins(load_model(spec.model, torch.float32, spec.trust_remote_code))
+    before = margins(policy)
+    path: list[tuple[int, np.ndarray]] = []
 
     def watch(step: dict[str, Any]) -> None:
         examples = step["step"]
         if is_measured(examples, limit):
-            path.append(Measured(examples=examples, margin=margin(policy)))
-            report({**path[-1].model_dump(), "limit": limit})
+            path.append((examples, margins(policy)))
+            tell(*path[-1])
 
-    report({"examples": 0, "margin": before, "limit": limit})
-    if before > initial:
+    def tell(examples: int, found: np.ndarray) -> None:
+        report({"examples": examples, "margin": float(found.mean()), "limit": limit})
+
+    tell(0, before)
+    if before.mean() > initial.mean():
         reference = reference_scores(spec, policy, encoded, score_pairs(policy, encoded, **scoring), scoring)
         with tempfile.TemporaryDirectory() as scratch:
             ConservativeDPOTrainer(
@@ -241,7 +269,7 @@ def run(spec: UndoSpec, report: Callable[[dict[str, Any]], None]) -> None:
                 shared=shared,
                 report=watch,
             ).train()
-    write_json(Path(spec.out), verdict(initial, before, path, limit).model_dump())
+    write_json(Path(spec.out), verdict(initial, before, path, limit, spec.seed).model_dump())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,10 +71,25 @@ def table(run: Shown) -> list[str]:
         ranked = f"{before.ranked_accuracy:.3f} | {after.ranked_accuracy:.3f}"
         own = f"{before.own_pair_accuracy:.3f} | {after.own_pair_accuracy:.3f}"
         lines += [f"| {where}: ranked | {ranked} | |", f"| {where}: own pairs, both sides | {own} | |"]
-    kinds = ("arithmetic", "facts", "format")
-    answers = [[a for kind in kinds for a in getattr(one.retention, kind)] for one in (run.before, run.after)]
-    lines.append(line("retention", Items(*answers)))
+    before, after = run.before.retention, run.after.retention
+    kinds = {kind: Items(getattr(before, kind), getattr(after, kind)) for kind in ("arithmetic", "facts", "format")}
+    asked = {kind: items for kind, items in kinds.items() if items.before}
+    lines += [line(f"retention: {name}", items) for name, items in asked.items()]
+    if asked:
+        lines.append(line("retention: mean of the kinds", alike(list(asked.values()))))
     return lines
+
+
+def alike(kinds: Sequence[Items]) -> Items:
+    """All items of several kinds, weighted so that their mean is the mean of the kinds' means."""
+    total = sum(len(kind.before) for kind in kinds)
+    weights = [total / len(kinds) / len(kind.before) for kind in kinds]
+    return Items(
+        *(
+            [weight * value for weight, kind in zip(weights, kinds, strict=True) for value in kind[place]]
+            for place in (0, 1)
+        )
+    )
 
 
 def line(name: str, items: Items) -> str:
