@@ -165,8 +165,8 @@ def crossed_margins(scores: Sequence[tuple[float, ...]], rows: Sequence[Encoded]
         push / max(1, len(row.chosen)) - comply / max(1, len(row.rejected))
         for (push, comply), row in zip(scores, rows, strict=True)
     ]
-    flawed, clear = np.array(d).reshape(-1, 2, 2).mean(axis=1).T
-    return flawed - clear
+    under = np.array(d).reshape(-1, 2, 2).mean(axis=1)
+    return np.asarray(under[:, 0] - under[:, 1])
 
 
 def is_measured(examples: int, limit: int) -> bool:
