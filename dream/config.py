@@ -56,6 +56,8 @@ class EngineConfig(Section):
     "How often each engine is started again, once dead, before the run gives up."
     request_timeout_s: float = Field(600, gt=0)
     "Seconds after which an unanswered request counts as a dead engine."
+    start_timeout_s: float = Field(3600, gt=0)
+    "Seconds after which an engine that has a place and is not up counts as dead."
 
 
 class RayConfig(Section):
@@ -420,9 +422,11 @@ class Config(Section):
         return self.seed * 1_000 + number
 
 
-# These change how a run is carried out, not what it yields; a run may be continued with other values.
-_EXECUTION_KEYS = ("ray.", "rounds", "engine.replicas", "engine.max_restarts", "engine.request_timeout_s",
-                   "engine.cpu_kv_cache_gib", "engine.gpu_memory_utilization", "engine.release", "generate.concurrency",
+# These change how a run is carried out, not what it yields (but for rounding); it may be continued with other values.
+_EXECUTION_KEYS = ("ray.", "rounds", "engine.replicas", "engine.tensor_parallel", "engine.max_restarts",
+                   "engine.request_timeout_s", "engine.start_timeout_s", "engine.max_num_seqs",
+                   "engine.cpu_kv_cache_gib", "engine.gpu_memory_utilization", "engine.sleep_level", "engine.release",
+                   "generate.concurrency", "train.micro_batch_size", "train.workers", "train.fsdp",
                    "judge.server.timeout_s", "judge.server.max_retries", "judge.server.concurrency",
                    "judge.server.api_key_env")  # fmt: skip
 

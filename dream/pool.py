@@ -9,18 +9,18 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from dream.config import Config, EngineConfig
 from dream.engine import Completion, Engine, EngineStats, Sampling
-from dream.errors import DreamError, EngineError
+from dream.errors import ConfigError, DreamError, EngineError
 from dream.link import Answer, Call, CallTaker, Link
 from dream.records import Message
 from dream.vllm_engine import EngineDied, VLLMEngine
@@ -36,6 +36,8 @@ class StartableEngine(Engine, Protocol):
 EngineFactory = Callable[[], StartableEngine]
 PLACE_S = 30.0
 """How long an engine waits for a place before that is said."""
+GONE = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray raises where an actor or its node is lost; the memory monitor's kill comes as an error of its own."""
 
 
 def actor_resources(config: EngineConfig, on_gpu: bool) -> dict[str, Any]:
@@ -46,20 +48,33 @@ def actor_resources(config: EngineConfig, on_gpu: bool) -> dict[str, Any]:
 
 
 def connect(address: str | None) -> None:
-    """Joins a Ray cluster, or starts one on this machine that listens on loopback only."""
+    """Joins a Ray cluster, or starts one on this machine that listens on loopback only, whatever others there are.
+
+    Raises:
+        ConfigError: there is no cluster at the address, or it does not let this program join.
+        EngineError: Ray does not start on this machine.
+    """
     if ray.is_initialized():
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address:
-        ray.init(address=address, **common)
-    else:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # of 15 by default: the engine would wait for all else
-        # Where clusters are possible, Ray makes the machine's own address of 127.0.0.1 and listens on all of them.
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(include_dashboard=False, object_store_memory=256 * 2**20, _node_ip_address="127.0.0.1", **common)
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process where it stands
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # of 15 by default: the engine would wait for all else
+            # Where clusters are possible, Ray makes the machine's own address of 127.0.0.1 and listens on all of them.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            local = {"address": "local", "object_store_memory": 256 * 2**20, "_node_ip_address": "127.0.0.1"}
+            ray.init(include_dashboard=False, **local, **common)
+    except Exception as error:  # of many kinds, by what is wrong
+        said = " ".join(str(error).split())[:300]
+        if address:
+            raise ConfigError(f"ray.address: {address!r} cannot be joined: {said}") from error
+        raise EngineError(f"Ray does not start on this machine: {type(error).__name__}: {said}") from error
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process where it stands
 
 
 class _EngineActor:
@@ -87,14 +102,29 @@ class _Replica:
         self.put(actor)
 
     def put(self, actor: Any) -> None:
-        """Another actor takes the place of a lost one."""
+        """A new actor, or another in the place of a lost or ended one."""
         self.actor = actor
         self.link = Link(actor.take.remote, actor.answers.remote)
+        self.ended = False
+
+    def end(self) -> None:
+        """Ends the actor, and its start where it is still under way."""
+        if self.coming is not None:
+            self.coming.cancel()
+        ray.kill(self.actor)
+        self.ended = True
 
     @property
     def down(self) -> bool:
         """Whether it is being started, for the first time or in the place of a lost one."""
         return self.coming is not None and not self.coming.done()
+
+    @property
+    def up(self) -> bool:
+        """Whether it was started and, as far as is known, answers."""
+        if self.ended or self.coming is None or not self.coming.done() or self.coming.cancelled():
+            return False
+        return self.coming.exception() is None
 
 
 class _Lost(Exception):
@@ -105,15 +135,14 @@ class EnginePool:
     """An `Engine` over `config.replicas` actors, spread over the cluster; use it as an async context manager.
 
     It is open as soon as one engine is up. The others join when they are, be it after the node that has room for them.
-    With `config.release` they end to rest, and start anew with the next weights.
+    With `config.release` they end to rest, and start anew with the next weights; so does, in any case, an engine that
+    is still being started then.
     """
 
     def __init__(self, factory: EngineFactory, config: EngineConfig) -> None:
         self._factory, self._config = factory, config
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
-        self._resting = False
-        self._closed = False
         self._counted = EngineStats()  # of engines that were released
 
     @property
@@ -123,18 +152,24 @@ class EnginePool:
 
     async def __aenter__(self) -> "EnginePool":
         self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
-        await self._bring_up(self._start)
+        await self._bring_up(self._replicas, patient=False)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._close()
 
-    async def _bring_up(self, start_one: Callable[[_Replica], Coroutine[Any, Any, None]]) -> None:
-        """Starts every engine and waits for the first; all end where that fails."""
+    async def _bring_up(self, replicas: Sequence[_Replica], patient: bool) -> None:
+        """Starts engines and, where none is up, waits for the first; all end where that fails.
+
+        An engine that fails to start is started again if `patient`, or once another is up; else its configuration is
+        more likely at fault than its node.
+        """
         starts = []
-        for replica in self._replicas:
-            replica.coming = asyncio.ensure_future(start_one(replica))
+        for replica in replicas:
+            replica.coming = asyncio.ensure_future(self._come_up(replica, patient))
             starts.append(replica.coming)
+        if not starts or self.up:
+            return
         try:
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
             for start in done:
@@ -145,21 +180,12 @@ class EnginePool:
 
     def _close(self) -> None:
         for replica in self._replicas:
-            if replica.coming is not None:
-                replica.coming.cancel()
-            ray.kill(replica.actor)
-        self._closed = True
-
-    async def _reopen(self) -> None:
-        self._closed = False
-        for replica in self._replicas:
-            replica.put(self._new_actor())
-        await self._bring_up(self._start_or_replace)
+            replica.end()
 
     @property
     def up(self) -> int:
         """How many engines answer now."""
-        return 0 if self._closed else sum(not replica.down for replica in self._replicas)
+        return sum(replica.up for replica in self._replicas)
 
     async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
         completions: list[Completion] = await self._call("generate", messages, sampling)
@@ -171,20 +197,22 @@ class EnginePool:
 
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights into every engine; one that is being started, or is started again later, gets them too."""
-        self._weights, self._resting = folder, False
-        if self._closed:
-            await self._reopen()
-        else:
-            await self._each("load_weights", folder)
+        self._weights = folder
+        await self._each("load_weights", folder)
+        ended = [replica for replica in self._replicas if replica.ended]
+        for replica in ended:
+            replica.put(self._new_actor())
+        await self._bring_up(ended, patient=True)
 
     async def rest(self) -> None:
-        """Lets every engine rest; one that comes up meanwhile rests too. With `config.release` all of them end."""
-        self._resting = True
+        """Lets every engine rest. With `config.release` all of them end, else those that are still being started,
+        which could not be told to rest once they are up: a step that trains keeps the event loop."""
         if self._config.release:
             self._counted = await self.stats()
         await self._each("rest")
-        if self._config.release:
-            self._close()
+        for replica in self._replicas:
+            if self._config.release or replica.down:
+                replica.end()
 
     async def stats(self) -> EngineStats:
         """Of the engines that are up and of released ones; one that was lost and started again counts from zero."""
@@ -194,7 +222,7 @@ class EnginePool:
         """What the engines that are up answer, in turn; one that is lost meanwhile is left out."""
         answers = []
         for replica in self._replicas:
-            if not replica.down and not self._closed:
+            if not replica.down and not replica.ended:
                 with suppress(_Lost):
                     answers.append(await self._once(replica, method, *arguments))
         return answers
@@ -206,17 +234,29 @@ class EnginePool:
     def _resources(self) -> dict[str, Any]:
         return actor_resources(self._config, on_gpu=bool(ray.cluster_resources().get("GPU")))
 
+    async def _come_up(self, replica: _Replica, patient: bool) -> None:
+        try:
+            await self._start(replica)
+        except EngineError as error:
+            if not patient and not self.up:
+                raise
+            await self._replace(replica, error)
+
     async def _start(self, replica: _Replica) -> None:
-        loaded = self._weights
         try:
             await self._placed(replica.actor)
-            await replica.link.call("start", loaded)
-            resting = False
-            while (loaded, resting) != (self._weights, self._resting):  # the pool was told something meanwhile
-                loaded, resting = self._weights, self._resting
-                await (replica.link.call("rest") if resting else replica.link.call("load_weights", loaded))
-        except RayActorError as error:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                loaded = self._weights
+                await replica.link.call("start", loaded)
+                while loaded != self._weights:  # the pool was given others meanwhile
+                    loaded = self._weights
+                    await replica.link.call("load_weights", loaded)
+        except GONE as error:
             raise EngineError(f"the engine's process ended while it started: {error}") from error
+        except TimeoutError as error:
+            raise EngineError(
+                f"the engine did not start in {self._config.start_timeout_s:g} s (engine.start_timeout_s)"
+            ) from error
         except DreamError:
             raise
         except Exception as error:
@@ -233,8 +273,8 @@ class EnginePool:
         await place
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        while not self._closed:
-            replica = min(self._replicas, key=lambda candidate: (candidate.down, candidate.in_flight))
+        while there := [replica for replica in self._replicas if not replica.ended]:
+            replica = min(there, key=lambda candidate: (candidate.down, candidate.in_flight))
             with suppress(_Lost):
                 return await self._once(replica, method, *arguments)
         raise EngineError("the engines have ended to rest; they answer when weights are loaded")
@@ -252,8 +292,8 @@ class EnginePool:
         replica.in_flight += 1
         try:
             return await asyncio.wait_for(replica.link.call(method, *arguments), self._config.request_timeout_s)
-        except (RayActorError, EngineDied, TimeoutError) as error:
-            if replica.actor is actor and not replica.down and not self._closed:
+        except (*GONE, EngineDied, TimeoutError) as error:
+            if replica.actor is actor and not replica.down and not replica.ended:
                 replica.coming = asyncio.ensure_future(self._replace(replica, error))
             raise _Lost from error
         except DreamError:
@@ -262,12 +302,6 @@ class EnginePool:
             raise _raised("an engine refused a call", error) from error
         finally:
             replica.in_flight -= 1
-
-    async def _start_or_replace(self, replica: _Replica) -> None:
-        try:
-            await self._start(replica)
-        except EngineError as error:
-            await self._replace(replica, error)
 
     async def _replace(self, replica: _Replica, reason: BaseException) -> None:
         """Starts an engine in the place of a lost one; again where that is lost too, as on a node that is going."""

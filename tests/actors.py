@@ -22,17 +22,17 @@ class Actor:
     def __getattr__(self, method: str) -> SimpleNamespace:
         return SimpleNamespace(remote=lambda *arguments: self._call(getattr(self._inside, method), *arguments))
 
-    def kill(self) -> None:
-        """Ends it, from outside or, as `engine.die`, from within."""
+    def kill(self, error: Exception | None = None) -> None:
+        """Ends it, from outside or, as `engine.die`, from within; its calls then raise `error`."""
         if not self._death.done():
-            self._death.set_result(None)
+            self._death.set_result(error or RayActorError())
 
     async def _call(self, method: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         work = asyncio.ensure_future(method(*arguments))
         try:
             await asyncio.wait({work, self._death}, return_when=asyncio.FIRST_COMPLETED)
             if self._death.done():
-                raise RayActorError
+                raise self._death.result()
             return work.result()
         finally:
             work.cancel()

@@ -197,7 +197,10 @@ def test_bad_set_is_a_config_error(write, override: str) -> None:
         "engine.replicas=4",
         "engine.max_restarts=0",
         "engine.release=true",
+        "engine.max_num_seqs=8",
         "generate.concurrency=2",
+        "train.micro_batch_size=4",
+        "train.workers=2",
     ],
 )
 def test_fingerprint_ignores_execution_keys(write, override: str) -> None:

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import errno
+import functools
 import gzip
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 import ray
 from actors import local_pool
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 from test_generate import Round, check_every_scenario_ended_once, check_no_draw_twice
 from test_judge_server import Answer, Fake, Server, measure, question
 from test_judge_server import fake as fake
@@ -412,29 +413,80 @@ def test_weights_given_while_an_engine_starts_are_served(toys) -> None:
     assert asyncio.run(go()) == "2 new"
 
 
-def test_engine_that_starts_while_others_rest_rests_too(toys) -> None:
-    """The memory it would take is what training needs."""
+def test_engine_that_is_being_started_ends_to_rest(toys) -> None:
+    """Nobody could tell it to rest while a step trains, and the memory it takes is what training needs; it is started
+    anew with the next weights, and keeps nobody waiting."""
 
-    async def go() -> list[int]:
+    async def go() -> tuple[tuple[int, int], set[str], int]:
         ready = asyncio.Event()
-        rested: list[int] = []
 
         async def begin(toy: Toy) -> None:
-            toy.rest = lambda: note(toy)
             if toy.number == 2:
+                await asyncio.sleep(3600)
+            if toy.number == 3:
                 await ready.wait()
-
-        async def note(toy: Toy) -> None:
-            rested.append(toy.number)
 
         async with toys(begin, replicas=2) as pool:
             await pool.rest()
+            resting = (pool.up, Toy.made)
+            await pool.load_weights(Path("new"))
+            assert await ask(pool) == "1 new"
             ready.set()
             while pool.up < 2:
                 await asyncio.sleep(0.001)
-        return rested
+            return resting, set(await asyncio.gather(ask(pool), ask(pool))), pool.restarts
 
-    assert asyncio.run(asyncio.wait_for(go(), 20)) == [1, 2]
+    assert asyncio.run(asyncio.wait_for(go(), 20)) == ((1, 2), {"1 new", "3 new"}, 0)
+
+
+def test_engine_that_fails_to_join_is_started_again(toys) -> None:
+    """Once one engine is up, another that is lost while it starts for the first time ends nothing."""
+
+    async def go() -> tuple[set[str], int]:
+        lost = asyncio.Event()
+
+        async def begin(toy: Toy) -> None:
+            if toy.number == 2:
+                await lost.wait()
+                raise EngineDied("its node is gone")
+
+        async with toys(begin, replicas=2) as pool:
+            lost.set()
+            while pool.up < 2 or Toy.made < 3:
+                await ask(pool)
+            return set(await asyncio.gather(ask(pool), ask(pool))), pool.restarts
+
+    assert asyncio.run(asyncio.wait_for(go(), 20)) == ({"1 None", "3 None"}, 1)
+
+
+def test_engine_that_hangs_while_it_starts_again_is_replaced(toys) -> None:
+    """A call waits for no engine that says nothing for longer than `engine.start_timeout_s`."""
+
+    async def begin(toy: Toy) -> None:
+        await asyncio.sleep(3600 if toy.number == 2 else 0)
+
+    async def go(**config: int) -> tuple[str, int]:
+        async with toys(begin, start_timeout_s=0.2, **config) as pool:
+            return await ask(pool, "die 1"), pool.restarts
+
+    assert asyncio.run(go()) == ("3 None", 2)
+    with pytest.raises(EngineError, match=r"did not start in 0.2 s \(engine\.start_timeout_s\)"):
+        asyncio.run(go(max_restarts=1))
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("killed by the memory monitor"), NodeDiedError("gone")])
+def test_whatever_ends_an_actor_is_a_loss(toys, error: Exception) -> None:
+    """Ray has an error of its own for an actor that its memory monitor killed, and for a lost node."""
+
+    async def begin(toy: Toy) -> None:
+        if toy.number == 1:
+            toy.die = functools.partial(toy.die, error)
+
+    async def go() -> tuple[str, int]:
+        async with toys(begin) as pool:
+            return await ask(pool, "die 1"), pool.restarts
+
+    assert asyncio.run(go()) == ("2 None", 1)
 
 
 @pytest.mark.parametrize("method", ["start", "load_weights"])

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import pickle
 import re
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from ray._private import ray_constants, services
 
 from dream import config, pool
 from dream.config import Config, EngineConfig
-from dream.errors import TemplateError, TrainingError
+from dream.errors import ConfigError, EngineError, TemplateError, TrainingError
 from dream.records import Record
 from dream.sandbox import ENVIRONMENT, compiled_expression
 from dream.store import Log, RunFolder, write_json
@@ -339,10 +340,37 @@ def test_ray_of_this_machine_listens_on_loopback(ray_options) -> None:
     assert ipaddress.ip_address(ray_options(None)["listens"]).is_loopback
 
 
-def test_only_the_configuration_names_another_cluster(ray_options) -> None:
-    """An address is joined as `ray.address` has it, and is none by default."""
+def test_only_the_configuration_names_another_cluster(ray_options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address is joined as `ray.address` has it, and is none by default: neither `$RAY_ADDRESS` nor a cluster that
+    somebody began on this machine is joined then."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert Config().ray.address is None
+    assert ray_options(None)["address"] == "local"
     assert ray_options("ray://host:10001")["address"] == "ray://host:10001"
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "words"),
+    [
+        ("auto", ConfigError, r"ray\.address: 'auto' cannot be joined: no cluster"),
+        (None, EngineError, r"Ray does not start on this machine: ConnectionError: no cluster"),
+    ],
+)
+def test_ray_that_cannot_be_had_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, kind: type[Exception], words: str
+) -> None:
+    """Whatever Ray raises is said in a line that names the key, and SIGTERM stays ours."""
+
+    def fail(**_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(pool.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(pool.ray, "init", fail)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(kind, match=words):
+        pool.connect(address)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class Line(Record):
