@@ -451,7 +451,7 @@ def load(
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such configuration file; see {data_folder('configs')}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bad UTF-8, or a date that is none
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
@@ -540,7 +540,7 @@ def override(raw: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text}: expected key=value, e.g. --set train.learning_rate=1e-5")
     try:
         value = yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--set {text}: the value is not YAML: {' '.join(str(error).split())}") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
         with contextlib.suppress(ValueError):

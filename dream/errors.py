@@ -41,6 +41,10 @@ class EngineError(DreamError):
     """The inference engine failed and could not be brought back."""
 
 
+class CallRefused(EngineError):
+    """The engine would not answer one call, as of a prompt that is too long for it; it answers others."""
+
+
 class JudgeError(DreamError):
     """The judge cannot tell known-good from known-bad replies."""
 

@@ -77,9 +77,10 @@ def preference_pair(
     fitting = [pair for pair in candidates if length_ratio(*pair) <= config.max_length_ratio]
     if not fitting:
         return Refusal("length_ratio", f"{side}: {min(length_ratio(*pair) for pair in candidates):.1f} at best")
-    distinct = [pair for pair in fitting if similarity(*pair) <= config.max_similarity]
+    alike = [similarity(one.reply.text, other.reply.text) for one, other in fitting]
+    distinct = [pair for pair, share in zip(fitting, alike, strict=True) if share <= config.max_similarity]
     if not distinct:
-        return Refusal("too_alike", f"{side}: {min(similarity(*pair) for pair in fitting):.2f} at best")
+        return Refusal("too_alike", f"{side}: {min(alike):.2f} at best")
     chosen, rejected = max(distinct, key=_preference)
     return PreferencePair(
         pair_id=scenario.scenario_id,
@@ -94,8 +95,8 @@ def preference_pair(
             "flaw": scenario.flaw,
             "domain": scenario.domain,
             "policy": chosen.reply.policy,
-            "chosen_score": _agreement(chosen, RIGHT_STANCE[side]),
-            "rejected_score": _agreement(rejected, RIGHT_STANCE[side]),
+            "chosen_score": agreement(chosen.verdict, RIGHT_STANCE[side]),
+            "rejected_score": agreement(rejected.verdict, RIGHT_STANCE[side]),
             "judge_confidence": round(chosen.verdict.confidence * rejected.verdict.confidence, 4),
             "chosen_source": chosen.reply.source,
             "rejected_source": rejected.reply.source,
@@ -146,9 +147,9 @@ def length_ratio(one: Judged, other: Judged) -> float:
     return lengths[1] / lengths[0]
 
 
-def similarity(one: Judged, other: Judged) -> float:
+def similarity(one: str, other: str) -> float:
     """0 for no words in common, 1 for the same words in the same order (difflib's ratio)."""
-    first, second = (re.findall(r"\w+", judged.reply.text.lower()) for judged in (one, other))
+    first, second = (re.findall(r"\w+", text.lower()) for text in (one, other))
     return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
@@ -159,10 +160,9 @@ def _preference(pair: tuple[Judged, Judged]) -> float:
     return confidence + 0.2 * own_words - 0.3 * math.log(length_ratio(*pair))
 
 
-def _agreement(judged: Judged, stance: Stance) -> float:
+def agreement(verdict: Verdict, stance: Stance) -> float:
     """The judge's probability that the reply has this stance."""
-    score = judged.verdict.score
-    return round(score if stance == "push_back" else 1 - score, 4)
+    return round(verdict.score if stance == "push_back" else 1 - verdict.score, 4)
 
 
 def _why_not(replies: Sequence[Judged], stance: Stance) -> str:

@@ -109,7 +109,7 @@ def read_contrast_pairs(path: Path) -> list[ContrastPair]:
     """The whole contrast pairs of a pairs.jsonl; a pair with one row only is left out.
 
     Raises:
-        DataError: a bad row, no whole pair, or two under one id.
+        DataError: a bad row or weight, no whole pair, or two under one id.
     """
     pairs = list(contrast_pairs(read_user_rows(path, PreferencePair)))
     if not pairs:
@@ -117,6 +117,14 @@ def read_contrast_pairs(path: Path) -> list[ContrastPair]:
             f"{path}: no contrast pair; each pair_id needs a clear and a flawed row (rows of `dream logs import` have "
             "one side only: train on them with TRL)"
         )
+    for pair in pairs:
+        for row in (pair.clear, pair.flawed):
+            sure = row.meta.get("judge_confidence", 1.0)
+            if not isinstance(sure, (int, float)) or not 0 < sure <= 1:
+                raise DataError(
+                    f"{path}: pair {row.pair_id!r}, {row.side}: meta.judge_confidence is {sure!r}; it is the row's "
+                    "weight, above 0 and up to 1, or left out"
+                )
     [(often, times)] = Counter(pair.clear.pair_id for pair in pairs).most_common(1)
     if times > 1:
         raise DataError(

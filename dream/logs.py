@@ -8,7 +8,6 @@ Not covered: a user who insists on a flawed direction and never learns of it; pe
 """
 
 import asyncio
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,14 +18,15 @@ from pydantic import ValidationError
 from dream.config import Config
 from dream.conversations import Exchange, check_log, exchanges, read_conversations
 from dream.engine import Engine, Sampling
-from dream.errors import DataError
+from dream.errors import CallRefused, DataError
 from dream.evidence import evidence, gives_direction
+from dream.filters import agreement, similarity
 from dream.judge.combined import Judge
 from dream.judge.question import Question
 from dream.masking import marks, mask
 from dream.records import RIGHT_STANCE, WRONG_STANCE, Message, PreferencePair, Record, Side, Verdict, assistant
 from dream.selfplay import steering
-from dream.store import Log, read_log
+from dream.store import Log, owned, read_log
 
 ATTEMPTS = 3
 """How often a chosen reply is asked for."""
@@ -102,8 +102,15 @@ class LogImporter:
 
         Raises:
             DataError: a log cannot be read (nothing is written then), or the file holds something else.
+            RunError: another process is adding to the file.
             StorageError: the file cannot be written.
         """
+        check_paths(logs, self._out)
+        with owned(self._out):
+            await self._import(logs)
+        return self.summary()
+
+    async def _import(self, logs: Sequence[Path]) -> None:
         self._known = check_paths(logs, self._out)
         self._file = Log(self._out)
         source = self._read(logs)
@@ -120,7 +127,6 @@ class LogImporter:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
             self._file.close()
-        return self.summary()
 
     def summary(self) -> ImportSummary:
         """What was found so far."""
@@ -152,6 +158,12 @@ class LogImporter:
             self._malformed_lines.append(f"{path.name}:{number} {why}")
 
     async def _one(self, log: Path, line: int, exchange: Exchange) -> None:
+        try:
+            await self._pair(log, line, exchange)
+        except CallRefused:  # a text that is longer in tokens than it looks, most likely
+            self._not_usable["engine_refused"] += 1
+
+    async def _pair(self, log: Path, line: int, exchange: Exchange) -> None:
         """One exchange, from its evidence to its row. The judge is asked only where there is evidence."""
         if not gives_direction(exchange.direction):
             self._counts["no_direction"] += 1
@@ -202,7 +214,7 @@ class LogImporter:
                 reason = f"judged_{verdict.stance}"
             elif _length_ratio(reply, exchange.reply) > filters.max_length_ratio:
                 reason = "length_ratio"
-            elif _similarity(reply, exchange.reply) > filters.max_similarity:
+            elif similarity(reply, exchange.reply) > filters.max_similarity:
                 reason = "too_alike"
             else:
                 return reply, verdict
@@ -234,8 +246,8 @@ class LogImporter:
                 "flaw": "from_log",
                 "domain": "log",
                 "policy": self._policy,
-                "chosen_score": _agreement(right, side),
-                "rejected_score": _agreement(said, side),
+                "chosen_score": agreement(right, RIGHT_STANCE[side]),
+                "rejected_score": agreement(said, RIGHT_STANCE[side]),
                 "judge_confidence": round(right.confidence * said.confidence, 4),
                 "chosen_source": "steered",
                 "rejected_source": "log",
@@ -253,11 +265,6 @@ def steered_prompt(prompt: Sequence[Message], side: Side) -> list[Message]:
     return [{"role": "system", "content": "\n\n".join([*system, steer["content"]])}, *history, note]
 
 
-def _agreement(verdict: Verdict, side: Side) -> float:
-    """The judge's probability that the reply has the side's right stance."""
-    return round(verdict.score if RIGHT_STANCE[side] == "push_back" else 1 - verdict.score, 4)
-
-
 def _word(reason: str) -> str:
     """The judge's reason as one word that can be counted."""
     return reason.split(" ")[0] or "unsure"
@@ -272,9 +279,3 @@ def _length_ratio(one: str, other: str) -> float:
     """Longer over shorter, in words: the tokens of a log's reply were never counted."""
     low, high = sorted(max(1, len(re.findall(r"\w+", text))) for text in (one, other))
     return high / low
-
-
-def _similarity(one: str, other: str) -> float:
-    """difflib's ratio over words."""
-    first, second = (re.findall(r"\w+", text.lower()) for text in (one, other))
-    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()

@@ -20,7 +20,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from dream.config import Config, EngineConfig
 from dream.engine import Completion, Engine, EngineStats, Sampling
-from dream.errors import ConfigError, DreamError, EngineError
+from dream.errors import CallRefused, ConfigError, DreamError, EngineError
 from dream.link import Answer, Call, CallTaker, Link
 from dream.records import Message
 from dream.vllm_engine import EngineDied, VLLMEngine
@@ -260,7 +260,7 @@ class EnginePool:
         except DreamError:
             raise
         except Exception as error:
-            raise _raised("the engine did not start", error) from error
+            raise EngineError(f"the engine did not start: {_said(error)}") from error
 
     async def _placed(self, actor: Any) -> None:
         """Waits until Ray has found a node for an actor, and says so when that takes long."""
@@ -299,7 +299,7 @@ class EnginePool:
         except DreamError:
             raise
         except Exception as error:
-            raise _raised("an engine refused a call", error) from error
+            raise CallRefused(f"an engine refused a call: {_said(error)}") from error
         finally:
             replica.in_flight -= 1
 
@@ -327,9 +327,9 @@ def _listed(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{kept.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
-def _raised(what: str, error: Exception) -> EngineError:
-    """The error that says in words what an engine raised."""
-    return EngineError(f"{what}: {type(error).__name__}: {error}")
+def _said(error: Exception) -> str:
+    """What an engine raised, in words."""
+    return f"{type(error).__name__}: {error}"
 
 
 def vllm_pool(config: Config, model: str) -> EnginePool:

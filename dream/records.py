@@ -128,9 +128,9 @@ class PreferencePair(Record):
 
     pair_id: str
     side: Side
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
+    prompt: list[Message] = Field(min_length=1)
+    chosen: list[Message] = Field(min_length=1)
+    rejected: list[Message] = Field(min_length=1)
     meta: dict[str, Any]
 
 

@@ -12,6 +12,7 @@ from dream import prompts, store
 from dream.config import Config
 from dream.errors import DreamError, RunError
 from dream.paths import data_folder
+from dream.records import PreferencePair
 from dream.templates import Template
 from dream.terminal import rounds_table
 
@@ -124,7 +125,7 @@ def show_run(run: Path) -> dict[str, Any]:
         rounds_table(baseline, results, f"held-out scenarios, policy now: {policy.version}")
     else:
         for folder in store.round_folders(run).values():
-            pairs = sum(1 for _ in (folder / "pairs.jsonl").open("rb")) // 2
+            pairs = len(list(store.contrast_pairs(store.read_log(folder / "pairs.jsonl", PreferencePair))))
             print(f"{folder.name}: {pairs} pairs; dropped {store.drop_reasons(folder)}")
     return {
         "run": str(run),
@@ -138,7 +139,10 @@ def roll_back_run(run: Path, to: int) -> "Policy":
     """Makes an earlier promoted round the policy again."""
     from train.history import roll_back
 
-    with store.RunFolder(run, opened(run)):
+    about = opened(run)
+    if about["kind"] != "train":
+        raise RunError(f"{run}: was made by `dream {about['kind']}` and has no policy; name a run of `dream train`")
+    with store.RunFolder(run, about):
         return roll_back(run, to)
 
 

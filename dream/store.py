@@ -11,9 +11,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -86,7 +87,8 @@ class Log:
             if sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            self._file.truncate(start)
+            with suppress(OSError):  # what stays is cut off when the file is opened again
+                self._file.truncate(start)
             raise _storage_error(self.path, error) from error
 
     def sync(self) -> None:
@@ -121,9 +123,13 @@ def read_log(path: Path, kind: type[R]) -> Iterator[R]:
     Raises:
         DataError: a complete line that is not such a record, with its number.
     """
-    if not path.exists():
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
         return
-    with path.open("rb") as file:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
@@ -139,9 +145,12 @@ def mend_pairs(path: Path) -> None:
     """Cuts half a contrast pair (a kill between its rows) off the end of a pairs.jsonl, so that nobody trains on it."""
     if not path.exists():
         return
-    lines = path.read_bytes()[: _complete_length(path, path.stat().st_size)].splitlines(keepends=True)
-    if len(lines) % 2:
-        os.truncate(path, sum(map(len, lines[:-1])))
+    try:
+        lines = path.read_bytes()[: _complete_length(path, path.stat().st_size)].splitlines(keepends=True)
+        if len(lines) % 2:
+            os.truncate(path, sum(map(len, lines[:-1])))
+    except OSError as error:
+        raise _storage_error(path, error) from error
 
 
 def contrast_pairs(rows: Iterable[PreferencePair]) -> Iterator[ContrastPair]:
@@ -191,12 +200,17 @@ class RoundStore:
         self._logs[log].append(*records)
 
     def keep(self, *pairs: ContrastPair) -> None:
-        """Stores accepted contrast pairs, all rows in one write, on the disk before they are counted."""
+        """Stores accepted contrast pairs, all rows in one write, on the disk before they are counted.
+
+        Their scenarios are there before them: after a loss of power one whose scenario were gone would be drawn again.
+        """
+        self._logs["scenarios"].sync()
         self._logs["pairs"].append(*(row for pair in pairs for row in (pair.clear, pair.flawed)), sync=True)
         self.pairs += pairs
 
     def keep_spare(self, pair: ContrastPair) -> None:
         """Stores an accepted candidate that is not among the round's pairs: one too many, or dreamed for balance."""
+        self._logs["scenarios"].sync()
         self._logs["spare"].append(pair.clear, pair.flawed, sync=True)
         self.spare.append(pair)
 
@@ -224,6 +238,7 @@ class RoundStore:
 
     def keep_general(self, row: PreferencePair) -> None:
         """Stores an accepted general pair."""
+        self._logs["scenarios"].sync()
         self._logs["general"].append(row, sync=True)
         self.general.append(row)
 
@@ -267,13 +282,7 @@ class RunFolder:
         except OSError as error:
             raise _storage_error(self.path, error) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise RunError(
-                f"{self.path}: another process is working on this run; wait for it or choose --out"
-            ) from error
-        try:
+            _own(self._lock, self.path)
             self._open()
         except BaseException:
             self._lock.close()
@@ -284,6 +293,8 @@ class RunFolder:
         """Reads or writes the manifest; the lock is held."""
         path = self.path / "manifest.json"
         existing = read_json(path) if path.exists() else None
+        if existing is not None and not isinstance(existing, dict):
+            raise RunError(f"{path}: not a manifest; choose another --out")
         self.continued = existing is not None
         self.manifest = self._continued(existing) if existing is not None else self._wanted
         if self.manifest != existing:
@@ -325,6 +336,37 @@ class RunFolder:
         }
 
 
+@contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """While the block lasts no other process owns this file, which is made where it is not there yet.
+
+    Raises:
+        RunError: another process owns it, or its file system has no locks.
+        StorageError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise _storage_error(path, error) from error
+    with file:
+        _own(file, path)
+        yield
+
+
+def _own(file: IO[Any], path: Path) -> None:
+    """Locks an open file until it is closed; `path` is what the messages are about."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"{path}: another process is working on it; wait for it, or choose another --out") from error
+    except OSError as error:
+        raise RunError(
+            f"{path}: its file system has no locks ({error.strerror or error}), which keep two processes apart; choose "
+            "an --out on another"
+        ) from error
+
+
 def round_folder(run: Path, number: int) -> Path:
     """`round_01` and so on."""
     return run / f"round_{number:02d}"
@@ -355,8 +397,8 @@ def _point_latest(path: Path) -> None:
         temporary.unlink(missing_ok=True)  # of a process of this number that was killed here
         temporary.symlink_to(path.name)
         temporary.replace(latest)
-    except OSError as error:
-        raise _storage_error(latest, error) from error
+    except OSError:
+        return  # a disk without links, or a parent that others own: the link is a convenience, and the run is not
 
 
 def _complete_length(path: Path, size: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dream import models, prompts, store, templates
 from dream.config import Config
 from dream.engine import Engine
-from dream.errors import ConfigError, DataError, DreamError, EngineError, TrainingError
+from dream.errors import ConfigError, DataError, DreamError, EngineError, Stopped, TrainingError
 from dream.records import Scenario
 from dream.runs import manifest
 from dream.stop import Stop
@@ -198,7 +198,7 @@ def train_in_child(
         command = [sys.executable, "-P", "-m", "train.child", str(os.getpid()), module, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child:
             assert child.stdout is not None
-            with (stop or Stop()).gently("stopping; this training step will be done again", child.kill):
+            with (stop or Stop()).gently("stopping; what this training step did is thrown away", child.kill):
                 for line in child.stdout:
                     on_step(json.loads(line))
     if child.returncode:
@@ -252,7 +252,16 @@ def undo(config: Config, run: Path, terminal: Terminal) -> "UndoResult":
     spec = prepare(run, config, loaded, models.resolve(config.model))
     folder = Path(spec.out).parent
     terminal.stage("measuring the disposition, then training on opposite examples")
-    train_in_child(spec, folder, terminal.undoing, "train.undo")
+    stop = Stop(terminal.line)
+
+    async def work() -> None:
+        train_in_child(spec, folder, terminal.undoing, "train.undo", stop)
+
+    try:
+        stop.run(work())
+    except Stopped:
+        shutil.rmtree(folder)
+        raise
     result = UndoResult.model_validate(store.read_json(Path(spec.out)))
     shutil.rmtree(folder)
     return result

@@ -537,6 +537,23 @@ def test_rollback(dream: Dream, train_run, refused) -> None:
     assert json.loads((run / "policy.json").read_text())["weights"] == "round_01/train/weights"
 
 
+def test_rollback_of_what_has_no_policy_is_refused(refused: Callable, folder: Path) -> None:
+    """What `dream generate` made stays as it is."""
+    manifest = {"kind": "generate", "fingerprint": "f", "settings": {}, "config": {}}
+    with RunFolder(folder / "dreamed", manifest) as run:
+        (run.path / "round_01").mkdir()
+    assert "has no policy" in refused("runs", "rollback", folder / "dreamed", "--to", "0")
+    assert (folder / "dreamed" / "round_01").is_dir()
+
+
+def test_rounds_without_pairs_are_shown(dream: Dream, folder: Path) -> None:
+    """A run that a full disk ended before its first pair."""
+    manifest = {"kind": "generate", "fingerprint": "f", "settings": {}, "config": {}}
+    with RunFolder(folder / "dreamed", manifest) as run:
+        (run.path / "round_01").mkdir()
+    assert "round_01: 0 pairs" in dream("runs", "show", folder / "dreamed").out
+
+
 @pytest.mark.parametrize(("flags", "kind"), [((), "adapter"), (("--merged",), "weights")])
 def test_export(dream: Dream, train_run, folder: Path, flags: tuple[str, ...], kind: str) -> None:
     """`export` copies the accepted policy's adapter, or its merged weights."""

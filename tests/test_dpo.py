@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,6 +211,18 @@ def test_what_is_rehearsed_stays_as_it_was(toy_model: Path, tmp_path: Path) -> N
         lost[weight] = forgotten(model, model.get_output_embeddings(), remembered).item()
     assert forgotten(initial, initial.get_output_embeddings(), remembered).item() == pytest.approx(0, abs=1e-6)
     assert 0 < lost[50.0] < lost[0.0] / 2
+
+
+def test_rehearsed_answer_is_whole_where_the_prompt_alone_is_rendered_otherwise() -> None:
+    """A template that opens a thought in a generation prompt only: nothing of the answer is lost."""
+
+    class Thinking:
+        def apply_chat_template(self, messages: list[Any], add_generation_prompt: bool, **_: Any) -> dict[str, Any]:
+            said = [ord(letter) for turn in messages for letter in turn["content"]]
+            return {"input_ids": [*said, 1, 2] if add_generation_prompt else [*said, 0]}
+
+    text = Rehearsed(messages=[user("hi")], reply="x", finished=True)
+    assert encode_rehearsed(Thinking(), text) == ([*b"hi"], [*b"x", 0])
 
 
 def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_path: Path) -> None:

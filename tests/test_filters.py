@@ -150,7 +150,7 @@ def test_bounds_hold(replies: dict[Side, list[Judged]], config: FilterConfig) ->
         if isinstance(row, PreferencePair):
             two = (find(replies[side], row.meta["chosen_reply"]), find(replies[side], row.meta["rejected_reply"]))
             assert length_ratio(*two) <= config.max_length_ratio
-            assert similarity(*two) <= config.max_similarity
+            assert similarity(*(one.reply.text for one in two)) <= config.max_similarity
 
 
 @given(replies=replies("flawed"), config=filters)
@@ -162,7 +162,8 @@ def test_refusal_means_that_no_two_replies_fit(replies: list[Judged], config: Fi
         (one, other)
         for one in right
         for other in wrong
-        if length_ratio(one, other) <= config.max_length_ratio and similarity(one, other) <= config.max_similarity
+        if length_ratio(one, other) <= config.max_length_ratio
+        and similarity(one.reply.text, other.reply.text) <= config.max_similarity
     ]
     assert isinstance(preference_pair(SCENARIO, "flawed", replies, config), Refusal) == (not fitting)
 
@@ -173,9 +174,10 @@ def test_measures_do_not_depend_on_order(one: list[str], other: list[str], token
     a = judged("clear", 0, " ".join(one), "comply", tokens=tokens[0])
     b = judged("clear", 1, " ".join(other), "comply", tokens=tokens[1])
     assert length_ratio(a, b) == length_ratio(b, a) >= 1
-    assert similarity(a, a) == 1
-    assert 0 <= similarity(a, b) <= 1
-    assert not set(one).isdisjoint(other) or similarity(a, b) == 0
+    alike = similarity(a.reply.text, b.reply.text)
+    assert similarity(a.reply.text, a.reply.text) == 1
+    assert 0 <= alike <= 1
+    assert not set(one).isdisjoint(other) or alike == 0
 
 
 def test_own_mistake_is_preferred_as_rejected() -> None:

@@ -336,16 +336,21 @@ def test_dead_server_is_not_asked_to_the_end(fake: Fake) -> None:
     assert np.isfinite(alive).all()
 
 
-def test_server_that_stays_dead_ends_the_run(fake: Fake) -> None:
-    """Batches of one question, as while dreaming, are each too short to give the server up; all together are not."""
-    fake.script = lambda asked: Answer({}, 500)
+@pytest.mark.parametrize("status", [500, 429, 402, 403])
+def test_server_that_stays_dead_ends_the_run(fake: Fake, status: int) -> None:
+    """Batches of one question, as while dreaming, are each too short to give the server up; all together are not. A
+    server whose credit is used up says so in several ways."""
 
     async def dreaming() -> None:
         signal = Server(fake.config(max_retries=0))
+        fake.script = honest
+        await signal.measure([QUESTION])
+        fake.asked.clear()
+        fake.script = lambda asked: Answer({}, status)
         while True:
             assert np.isnan(await signal.measure([QUESTION])).all()
 
-    with pytest.raises(JudgeError, match=rf"none of the last {GONE} requests .*500.*go on with the same command"):
+    with pytest.raises(JudgeError, match=rf"none of the last {GONE} requests .*{status}.*go on with the same command"):
         asyncio.run(dreaming())
     assert GONE <= len(fake.asked) < GONE + 3
 

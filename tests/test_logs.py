@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from dream.conversations import MAX_LINE, MAX_TURNS, check_log, exchanges, read_conversations
 from dream.engine import ScriptedEngine
-from dream.errors import DataError
+from dream.errors import CallRefused, DataError, RunError
 from dream.evidence import evidence, gives_direction
 from dream.judge.question import Question
 from dream.logs import ATTEMPTS, LogImporter, check_paths, steered_prompt
 from dream.records import Message, PreferencePair, Verdict, assistant, user
-from dream.store import read_log
+from dream.store import owned, read_log
 
 ROOT = Path(__file__).parent.parent
 DIRECTION = "Write a label that says 40 lamps."
@@ -354,6 +354,28 @@ def test_running_again_does_not_double(tmp_path: Path, run: Callable, importer: 
     out.write_bytes(before[:-5])
     assert run(importer().run([log])).pairs == 1
     assert out.read_bytes() == before
+
+
+def test_second_import_into_a_file_is_refused(tmp_path: Path, run: Callable, importer: Callable) -> None:
+    """Two at once would both add the rows that neither found there."""
+    log = jsonl(tmp_path / "chat.jsonl", {"messages": CLEAR})
+    with owned(tmp_path / "out.jsonl"), pytest.raises(RunError, match=r"out\.jsonl: another process"):
+        run(importer().run([log]))
+    assert run(importer().run([log])).pairs == 1
+
+
+def test_exchange_that_the_engine_refuses_is_counted(tmp_path: Path, run: Callable, importer: Callable) -> None:
+    """A text with more tokens than it looks to have, say; the others are imported."""
+
+    class Refusing(WordJudge):
+        async def rule(self, names: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
+            if questions[0].reply == PUSHES:
+                raise CallRefused("prompt too long")
+            return await super().rule(names, questions)
+
+    log = jsonl(tmp_path / "chat.jsonl", {"messages": CLEAR}, {"messages": FLAWED})
+    summary = run(importer(judge=Refusing()).run([log]))
+    assert (summary.pairs, summary.not_usable) == (1, {"engine_refused": 1})
 
 
 def test_history_that_is_logged_again_counts_once(tmp_path: Path, run: Callable, importer: Callable) -> None:

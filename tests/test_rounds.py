@@ -664,6 +664,17 @@ def test_two_pairs_of_one_id_in_a_file_are_refused(tmp_path: Path, make_pair) ->
         read_contrast_pairs(data)
 
 
+@pytest.mark.parametrize("weight", [None, "sure", 0, 1.5])
+def test_weight_that_is_none_is_named(tmp_path: Path, make_pair, weight: object) -> None:
+    """A row weighs as much as the judge was sure of it; anything else there is refused before any work."""
+    data = tmp_path / "mine.jsonl"
+    pair = make_pair("r1-1")
+    pair.flawed.meta["judge_confidence"] = weight
+    data.write_text("".join(row.model_dump_json() + "\n" for row in (pair.clear, pair.flawed)))
+    with pytest.raises(DataError, match=r"mine\.jsonl: pair 'r1-1', flawed: meta\.judge_confidence is"):
+        read_contrast_pairs(data)
+
+
 def test_data_is_not_used_twice_when_rounds_are_added(world: World, make_pair) -> None:
     """A run that is continued with more rounds does not train again on pairs that an earlier round had."""
     data = [make_pair(f"own-{number}") for number in range(8)]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dream import store
 from dream.errors import DataError, RunError, StorageError
 from dream.records import ContrastPair, Dropped, PreferencePair
 from dream.store import Log, RoundStore, RunFolder, contrast_pairs, read_json, read_log, write_json
@@ -492,6 +493,45 @@ def test_own_folder_named_latest_stays(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run", manifest()):
         pass
     assert not (tmp_path / "latest").is_symlink()
+
+
+def test_link_that_cannot_be_made_is_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk without links, or a parent folder that others own, has no `latest`; the run goes on."""
+    monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(PermissionError("not here")))
+    with RunFolder(tmp_path / "run", manifest()):
+        pass
+    assert (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network disks are: without locks two processes could write into one run."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    with pytest.raises(RunError, match=r"its file system has no locks \(No locks available\)"):
+        RunFolder(tmp_path / "run", manifest()).__enter__()
+
+
+def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """A file of that name which is not ours is no reason for a traceback."""
+    write_json(tmp_path / "run" / "manifest.json", ["something", "else"])
+    with pytest.raises(RunError, match="not a manifest"):
+        RunFolder(tmp_path / "run", manifest()).__enter__()
+
+
+def test_scenario_is_on_the_disk_before_its_pair(tmp_path: Path, make_pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss of power a pair whose scenario were gone would be drawn again, and counted twice."""
+    synced: list[str] = []
+    names = {}
+    monkeypatch.setattr(store.os, "fsync", lambda handle: synced.append(names[handle]))
+    rounds = RoundStore(tmp_path)
+    names |= {log._file.fileno(): name for name, log in rounds._logs.items()}
+    rounds.keep(make_pair("a"))
+    rounds.keep_spare(make_pair("b"))
+    rounds.keep_general(make_pair("c").clear)
+    assert synced == ["scenarios", "pairs", "scenarios", "spare", "scenarios", "general"]
 
 
 def test_second_process_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Not covered: images and tools in prompts.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -140,21 +141,24 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], add_generation_prompt:
     return list(rendered["input_ids"])
 
 
-def encode(tokenizer: Any, row: PreferencePair) -> Encoded:
-    """A row through the chat template, as TRL does it: a reply is what follows the prompt, its end-of-turn included.
+def _shared(*texts: Sequence[int]) -> int:
+    """How many tokens these begin with in common.
 
-    Where a template renders the prompt alone in another way than the prompt with a reply, the reply begins at the
-    first difference.
+    Where a template renders a prompt alone in another way than the prompt with a reply, the reply begins at the first
+    difference.
     """
+    same = (len(set(tokens)) == 1 for tokens in zip(*texts, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, same))
+
+
+def encode(tokenizer: Any, row: PreferencePair) -> Encoded:
+    """A row through the chat template, as TRL does it: a reply is what follows the prompt (`_shared`), its end-of-turn
+    included."""
     prompt, chosen, rejected = (
         chat_ids(tokenizer, [*row.prompt, *reply], add_generation_prompt=not reply)
         for reply in ([], row.chosen, row.rejected)
     )
-    start = 0
-    for tokens in zip(prompt, chosen, rejected, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        start += 1
+    start = _shared(prompt, chosen, rejected)
     return Encoded(prompt[:start], chosen[start:], rejected[start:])
 
 
@@ -193,7 +197,8 @@ def encode_rehearsed(tokenizer: Any, text: Rehearsed) -> tuple[list[int], list[i
     if not text.finished:
         return prompt, list(tokenizer(text.reply, add_special_tokens=False)["input_ids"])
     whole = chat_ids(tokenizer, [*text.messages, assistant(text.reply)], add_generation_prompt=False)
-    return prompt, whole[len(prompt) :]
+    start = _shared(prompt, whole)
+    return whole[:start], whole[start:]
 
 
 class Layout(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 
 from dream.config import Config
 from dream.engine import Engine, mean
-from dream.errors import DataError
+from dream.errors import CallRefused, DataError, EngineError
 from dream.inputs import read_user_rows
 from dream.judge.combined import Judge
 from dream.judge.question import Question
@@ -122,7 +122,13 @@ async def crossed_logps(engine: Engine, pairs: Sequence[Pair]) -> np.ndarray:
 
     async def under(prompt: EvalPair, pair: Pair) -> list[float]:
         replies = [reply for side in pair for reply in (side.comply, side.push_back)]
-        return [mean(values) for values in await engine.score(prompt.prompt, replies)]
+        try:
+            return [mean(values) for values in await engine.score(prompt.prompt, replies)]
+        except CallRefused as error:
+            raise EngineError(
+                f"pair {prompt.pair_id!r}, {prompt.side}: {error}; if it is too long, shorten it or raise "
+                "engine.max_model_len"
+            ) from error
 
     flat = await asyncio.gather(*(under(prompt, pair) for pair in pairs for prompt in pair))
     return np.array(flat).reshape(len(pairs), 2, 2, 2)

@@ -67,14 +67,21 @@ def read_evaluation(path: Path) -> RoundEvaluation:
 
 
 def read_policy(run: Path) -> Policy:
-    """The accepted policy; the initial one where no round was promoted yet."""
+    """The accepted policy, decisions included that a kill kept from policy.json; the initial one where no round was
+    promoted yet."""
     path = run / "policy.json"
     try:
-        return Policy.model_validate(read_json(path)) if path.exists() else Policy()
+        policy = Policy.model_validate(read_json(path)) if path.exists() else Policy()
     except ValidationError as error:
         raise RunError(
             f"{path}: not a policy file; restore it, or remove it to have the policy that the gate files name"
         ) from error
+    for result in finished_rounds(run):
+        if result.round > policy.as_of:
+            promoted = result.decision.decision == "promote"
+            policy = trained_policy(run, result.round) if promoted else policy
+            policy = policy.model_copy(update={"as_of": result.round})
+    return policy
 
 
 def finished_rounds(run: Path) -> list[RoundResult]:
@@ -93,11 +100,6 @@ def finished_rounds(run: Path) -> list[RoundResult]:
 def settle(run: Path) -> Policy:
     """Takes the newest decisions into policy.json and returns the policy."""
     policy = read_policy(run)
-    for result in finished_rounds(run):
-        if result.round > policy.as_of:
-            promoted = result.decision.decision == "promote"
-            policy = trained_policy(run, result.round) if promoted else policy
-            policy = policy.model_copy(update={"as_of": result.round})
     write_json(run / "policy.json", policy.model_dump())
     return policy
 
@@ -127,7 +129,7 @@ def roll_back(run: Path, number: int) -> Policy:
     if number not in there:
         raise RunError(f"{run}: round {number} was not promoted; --to takes one of {', '.join(map(str, there))}")
     unfinished = round_folder(run, len(results) + 1)
-    if unfinished.exists():  # it came from the policy that is left
+    if unfinished.exists() and number != read_policy(run).round:  # it came from the policy that is left
         unfinished.rename(run / f"set_aside_{time.time_ns()}_{unfinished.name}")
     policy = trained_policy(run, number).model_copy(update={"as_of": len(results), "chosen_after": len(results)})
     write_json(run / "policy.json", policy.model_dump())

@@ -1,5 +1,6 @@
 """The optional warm-up: one pass of supervised training on the chosen replies, before the first DPO round."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from dream.config import TrainConfig
+from dream.errors import TrainingError
 from train.data import Encoded
 from train.optim import OwnSchedule, arguments
 
@@ -24,7 +26,11 @@ class WarmUpTrainer(OwnSchedule, SFTTrainer):  # type: ignore[misc]  # TRL is no
 def warm_up(
     policy: PreTrainedModel, tokenizer: Any, rows: Sequence[Encoded], train: TrainConfig, folder: str, seed: int
 ) -> float:
-    """Trains `policy` in place on the chosen replies, prompts masked; the mean loss, in nats a token."""
+    """Trains `policy` in place on the chosen replies, prompts masked; the mean loss, in nats a token.
+
+    Raises:
+        TrainingError: the loss left the finite numbers.
+    """
     trainer = WarmUpTrainer(
         model=policy,
         args=SFTConfig(**arguments(train, folder, seed, train.sft_learning_rate)),
@@ -34,4 +40,7 @@ def warm_up(
         processing_class=tokenizer,
         train=train,
     )
-    return float(trainer.train().training_loss)
+    loss = float(trainer.train().training_loss)
+    if not math.isfinite(loss):
+        raise TrainingError(f"the warm-up's loss is {loss}; lower train.sft_learning_rate")
+    return loss

@@ -28,7 +28,8 @@ TOP_LOGPROBS = 20
 PATIENCE = 8
 """Requests in a row that may fail after all their retries; the rest of the batch is not sent to a dead server."""
 GONE = 64
-"""Requests in a row, over all batches, after which the server is gone: scenarios would be used up without a verdict."""
+"""Requests in a row, over all batches, after which the server is gone, be it for want of credit (402, 403, or 429 for
+good): scenarios would be used up without a verdict."""
 LONGEST_WAIT_S = 120.0
 """Before a retry: the longest `Retry-After` that the library honours."""
 _HINTS = {401: "judge.server.api_key_env", 403: "judge.server.api_key_env", 404: "judge.server.base_url and model"}
@@ -102,19 +103,19 @@ class Server:
         except openai.APIStatusError as error:
             if self._is_refusal(error.status_code):
                 raise self._refusal(error) from None  # the library's own text may hold the key
-            if error.status_code >= 500:
-                self._failed(f"status {error.status_code}")
+            self._unheard(f"status {error.status_code}", down=error.status_code >= 500)
             return None
         except (openai.OpenAIError, TimeoutError, ValueError, RecursionError) as error:  # none in time, or no JSON
-            self._failed(type(error).__name__)
+            self._unheard(type(error).__name__, down=True)
             return None
         self._failed_in_a_row = self._unanswered = 0
         letters = read_letters(answer)
         self._answered = self._answered or letters is not None
         return letters
 
-    def _failed(self, why: str) -> None:
-        self._failed_in_a_row += 1
+    def _unheard(self, why: str, *, down: bool) -> None:
+        """Counts a request without an answer; `down` where the server is likely at fault, not the request."""
+        self._failed_in_a_row += down
         self._unanswered += 1
         if self._unanswered >= GONE:
             raise JudgeError(
