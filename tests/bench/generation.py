@@ -27,9 +27,9 @@ from dream.templates import Template, load_all
 from tests.bench import Row, paired_rates
 from tests.bench.dreaming import calibrated_judge, dream_round
 
-PAIRS = 128
-"""As many as `configs/cpu-coffee.yaml` dreams: the beginning and the end of a round, when few scenarios are under way,
-are the smaller part."""
+PAIRS = 64
+"""Half of what `configs/cpu-coffee.yaml` dreams, so that three runs of all four ways take less than an hour; the
+beginning and the end of a round, when few scenarios are under way, are a larger part here than there."""
 HF_SHARE = 6
 """Hugging Face gets every sixth request, which is enough for a rate."""
 HF_BATCH = 32
