@@ -75,6 +75,36 @@ class Engine(Protocol):
         """What the engine has done so far."""
 
 
+class WithSecond:
+    """An `Engine` beside which another rests and comes back, that of a judge with a model of its own; whatever else is
+    asked, the first one answers."""
+
+    def __init__(self, first: Engine, second: Engine) -> None:
+        self._first, self._second = first, second
+        self._resting = False
+
+    async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
+        return await self._first.generate(messages, sampling)
+
+    async def score(self, messages: Sequence[Message], replies: Sequence[str]) -> list[list[float]]:
+        return await self._first.score(messages, replies)
+
+    async def load_weights(self, folder: Path | None) -> None:
+        """Serves these; a second engine that rests serves what it did before."""
+        await self._first.load_weights(folder)
+        if self._resting:
+            await self._second.load_weights(None)
+            self._resting = False
+
+    async def rest(self) -> None:
+        self._resting = True
+        await self._first.rest()
+        await self._second.rest()
+
+    async def stats(self) -> EngineStats:
+        return await self._first.stats()
+
+
 def mean(values: Sequence[float]) -> float:
     """The mean, 0.0 of nothing."""
     return math.fsum(values) / len(values) if values else 0.0

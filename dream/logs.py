@@ -26,10 +26,12 @@ from dream.judge.question import Question
 from dream.masking import marks, mask
 from dream.records import RIGHT_STANCE, WRONG_STANCE, Message, PreferencePair, Record, Side, Verdict, assistant
 from dream.selfplay import steering
+from dream.stop import Stop
 from dream.store import Log, owned, read_log
 
 ATTEMPTS = 3
 """How often a chosen reply is asked for."""
+FINISHING = "stopping: no exchange is begun, those under way are finished and stored; a second signal stops at once"
 SHOWN = 20
 """Malformed lines that the summary names."""
 STEERING_TOKENS = 256
@@ -89,9 +91,11 @@ class LogImporter:
     Exchanges are worked on by `generate.concurrency` workers that read the logs as they go, so memory is bounded.
     """
 
-    def __init__(self, engine: Engine, judge: Judge, out: Path, config: Config, *, policy: str) -> None:
+    def __init__(
+        self, engine: Engine, judge: Judge, out: Path, config: Config, *, policy: str, stop: Stop | None = None
+    ) -> None:
         self._engine, self._judge, self._out = engine, judge, out
-        self._config, self._policy = config, policy
+        self._config, self._policy, self._stop = config, policy, stop or Stop()
         self._counts: Counter[str] = Counter()
         self._not_usable: Counter[str] = Counter()
         self._masked: Counter[str] = Counter()
@@ -104,6 +108,7 @@ class LogImporter:
             DataError: a log cannot be read (nothing is written then), or the file holds something else.
             RunError: another process is adding to the file.
             StorageError: the file cannot be written.
+            Stopped: `stop` was asked for, and what was under way is stored.
         """
         check_paths(logs, self._out)
         with owned(self._out):
@@ -117,11 +122,14 @@ class LogImporter:
 
         async def work() -> None:
             for log, line, exchange in source:
+                if self._stop.asked is not None:
+                    return
                 await self._one(log, line, exchange)
 
         workers = [asyncio.create_task(work()) for _ in range(self._config.generate.concurrency)]
         try:
-            await asyncio.gather(*workers)
+            with self._stop.gently(FINISHING):
+                await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()

@@ -182,6 +182,11 @@ class EnginePool:
         for replica in self._replicas:
             replica.end()
 
+    def _end_starts(self) -> None:
+        for replica in self._replicas:
+            if replica.down:
+                replica.end()
+
     @property
     def up(self) -> int:
         """How many engines answer now."""
@@ -209,10 +214,12 @@ class EnginePool:
         which could not be told to rest once they are up: a step that trains keeps the event loop."""
         if self._config.release:
             self._counted = await self.stats()
+        self._end_starts()
         await self._each("rest")
-        for replica in self._replicas:
-            if self._config.release or replica.down:
-                replica.end()
+        if self._config.release:
+            self._close()
+        else:
+            self._end_starts()  # of those that were lost just now
 
     async def stats(self) -> EngineStats:
         """Of the engines that are up and of released ones; one that was lost and started again counts from zero."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream import models, prompts, store, templates
 from dream.config import Config
-from dream.engine import Engine
+from dream.engine import Engine, WithSecond
 from dream.errors import ConfigError, DataError, DreamError, EngineError, Stopped, TrainingError
 from dream.records import Scenario
 from dream.runs import manifest
@@ -70,7 +70,7 @@ async def engine_and_judge(
             if "embedding" in config.judge.signals:
                 minilm().save()
             terminal.judge(judge.quality, found)
-            yield engine, judge
+            yield engine if asked is engine else WithSecond(engine, asked), judge
             with suppress(EngineError):  # figures are no reason to fail what is done
                 terminal.served(await engine.stats())
     finally:
@@ -321,12 +321,14 @@ def import_logs(
     prompts.check_all()
     model = models.resolve(config.model)
 
+    stop = Stop(terminal.line, f"the rows found so far are in {out}; the same command finds the others")
+
     async def work() -> "ImportSummary":
         async with engine_and_judge(config, model, loaded, terminal, open_engine, force_judge) as (engine, judge):
             terminal.stage(f"reading {len(logs)} logs")
-            return await LogImporter(engine, judge, out, config, policy="round_00").run(logs)
+            return await LogImporter(engine, judge, out, config, policy="round_00", stop=stop).run(logs)
 
-    return Stop(terminal.line, f"the rows found so far are in {out}; the same command finds the others").run(work())
+    return stop.run(work())
 
 
 def preview(

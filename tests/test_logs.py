@@ -1,7 +1,10 @@
 """dream/conversations.py, dream/evidence.py and dream/logs.py: from other people's logs to preference rows."""
 
+import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +16,12 @@ from hypothesis import strategies as st
 
 from dream.conversations import MAX_LINE, MAX_TURNS, check_log, exchanges, read_conversations
 from dream.engine import ScriptedEngine
-from dream.errors import CallRefused, DataError, RunError
+from dream.errors import CallRefused, DataError, RunError, Stopped
 from dream.evidence import evidence, gives_direction
 from dream.judge.question import Question
-from dream.logs import ATTEMPTS, LogImporter, check_paths, steered_prompt
+from dream.logs import ATTEMPTS, FINISHING, LogImporter, check_paths, steered_prompt
 from dream.records import Message, PreferencePair, Verdict, assistant, user
+from dream.stop import Stop
 from dream.store import owned, read_log
 
 ROOT = Path(__file__).parent.parent
@@ -91,11 +95,12 @@ def read(path: Path) -> tuple[list[tuple[int, list[Message]]], list[tuple[int, s
 def importer(tmp_path: Path, settings_with: Callable) -> Callable[..., LogImporter]:
     """A log importer with a judge and an engine that follow simple rules."""
 
-    def build(write: Callable = obedient, judge: WordJudge | None = None, **sections: object) -> LogImporter:
+    def build(
+        write: Callable = obedient, judge: WordJudge | None = None, stop: Stop | None = None, **sections: object
+    ) -> LogImporter:
         config = settings_with(seed=7, **sections)
-        return LogImporter(
-            ScriptedEngine(write), judge or WordJudge(), tmp_path / "out.jsonl", config, policy="round_00"
-        )
+        out, judge = tmp_path / "out.jsonl", judge or WordJudge()
+        return LogImporter(ScriptedEngine(write), judge, out, config, policy="round_00", stop=stop)
 
     return build
 
@@ -362,6 +367,23 @@ def test_second_import_into_a_file_is_refused(tmp_path: Path, run: Callable, imp
     with owned(tmp_path / "out.jsonl"), pytest.raises(RunError, match=r"out\.jsonl: another process"):
         run(importer().run([log]))
     assert run(importer().run([log])).pairs == 1
+
+
+def test_signal_lets_exchanges_end(tmp_path: Path, importer: Callable) -> None:
+    """What is under way becomes rows, nothing is begun, and the same command finds the rest."""
+    said: list[str] = []
+    stop = Stop(said.append, "same command")
+
+    def write(messages: Sequence[Message], number: int) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return obedient(messages, number)
+
+    log = jsonl(tmp_path / "chat.jsonl", {"messages": CLEAR}, {"messages": FLAWED})
+    with pytest.raises(Stopped, match=r"^stopped; same command$"):
+        stop.run(importer(write, stop=stop, generate={"concurrency": 1}).run([log]))
+    assert said == [FINISHING]
+    assert len(rows(tmp_path)) == 1
+    assert asyncio.run(importer().run([log])).pairs == 1
 
 
 def test_exchange_that_the_engine_refuses_is_counted(tmp_path: Path, run: Callable, importer: Callable) -> None:

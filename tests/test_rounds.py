@@ -716,19 +716,24 @@ def workplace(tmp_path: Path, template_text, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_command_runs_rounds(world: World, workplace: Path, make_pair) -> None:
-    """`dream.tasks.train` makes a run folder with manifest, rounds and policy, and takes `--data` files."""
+@pytest.mark.parametrize("second", [False, True])
+def test_the_command_runs_rounds(world: World, workplace: Path, make_pair, second: bool) -> None:
+    """`dream.tasks.train` makes a run folder with manifest, rounds and policy, and takes `--data` files. A judge's own
+    engine rests in each step and comes back after it."""
     data = workplace / "pairs.jsonl"
     pairs = [make_pair(f"own-{number}") for number in range(4)]
     data.write_text("".join(row.model_dump_json() + "\n" for pair in pairs for row in (pair.clear, pair.flawed)))
     assert read_contrast_pairs(data) == pairs
-    config = configs.resolved(world.config(rounds=2, model=str(workplace / "model")))
+    judge = {"signals": ["contrast"], "model": str(workplace / "model") if second else None}
+    config = configs.resolved(world.config(rounds=2, model=str(workplace / "model"), judge=judge))
+    engines: list[PolicyEngine] = []
 
     @asynccontextmanager
     async def opened(config: Config, model: str):
-        assert model == str(workplace / "model")
-        world.engine = world.new_engine()
-        yield world.engine
+        engines.append(world.new_engine())
+        if len(engines) % 2 or not second:
+            world.engine = engines[-1]
+        yield engines[-1]
 
     def train(out: Path | None) -> tuple[Path, list[RoundResult]]:
         return tasks.train(config, Path("mine.yaml"), out, [data], Terminal(), force_judge=True,
@@ -744,6 +749,8 @@ def test_the_command_runs_rounds(world: World, workplace: Path, make_pair) -> No
     assert stored(train(run)[1]) == stored(results)
     assert len(world.specs) == 2
     assert {Path(spec.rows).is_absolute() for spec in world.specs} == {True}  # workers and engines live elsewhere
+    if second:
+        assert [engine.loaded for engine in engines[1::2]] == [[None, None], []]
 
 
 @pytest.fixture

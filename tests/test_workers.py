@@ -16,10 +16,11 @@ from train.workers import cause_of
 
 
 @pytest.mark.kill
-def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("lora", 1e-2)])
+def test_two_workers_train_as_one_does(tmp_path: Path, method: str, rate: float) -> None:
     """Same losses step by step, also in a last step that is short, and the same policy."""
     build_toy(tmp_path / "model")
-    settings = {"method": "full", "learning_rate": 1e-3, "batch_size": 12, "crossed_weight": 1.0}
+    settings = {"method": method, "learning_rate": rate, "batch_size": 12, "crossed_weight": 1.0}
     alone, together = (
         train_toy(tmp_path / "model", tmp_path / f"by_{workers}", workers=workers, **settings) for workers in (1, 2)
     )

@@ -243,6 +243,8 @@ async def train_candidate(
         )
         await loop.engine.rest()
         loop.train(spec, folder)
+        if loop.config.engine.release:
+            loop.reporter.stage(f"round {number}: starting the engine again")
     loop.reporter.trained(str(read_json(out / "ledger.json")["summary"]))
     return trained_policy(loop.run, number)
 
