@@ -143,6 +143,7 @@ class EnginePool:
         self._factory, self._config = factory, config
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
+        self._opened = False
         self._counted = EngineStats()  # of engines that were released
 
     @property
@@ -152,21 +153,21 @@ class EnginePool:
 
     async def __aenter__(self) -> "EnginePool":
         self._replicas = [_Replica(self._new_actor()) for _ in range(self._config.replicas)]
-        await self._bring_up(self._replicas, patient=False)
+        await self._bring_up(self._replicas)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._close()
 
-    async def _bring_up(self, replicas: Sequence[_Replica], patient: bool) -> None:
+    async def _bring_up(self, replicas: Sequence[_Replica]) -> None:
         """Starts engines and, where none is up, waits for the first; all end where that fails.
 
-        An engine that fails to start is started again if `patient`, or once another is up; else its configuration is
-        more likely at fault than its node.
+        An engine that fails to start is started again once one was up; before that its configuration is more likely at
+        fault than its node.
         """
         starts = []
         for replica in replicas:
-            replica.coming = asyncio.ensure_future(self._come_up(replica, patient))
+            replica.coming = asyncio.ensure_future(self._come_up(replica))
             starts.append(replica.coming)
         if not starts or self.up:
             return
@@ -174,6 +175,7 @@ class EnginePool:
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
             for start in done:
                 start.result()
+            self._opened = True
         except BaseException:
             self._close()
             raise
@@ -207,7 +209,7 @@ class EnginePool:
         ended = [replica for replica in self._replicas if replica.ended]
         for replica in ended:
             replica.put(self._new_actor())
-        await self._bring_up(ended, patient=True)
+        await self._bring_up(ended)
 
     async def rest(self) -> None:
         """Lets every engine rest. With `config.release` all of them end, else those that are still being started,
@@ -241,11 +243,11 @@ class EnginePool:
     def _resources(self) -> dict[str, Any]:
         return actor_resources(self._config, on_gpu=bool(ray.cluster_resources().get("GPU")))
 
-    async def _come_up(self, replica: _Replica, patient: bool) -> None:
+    async def _come_up(self, replica: _Replica) -> None:
         try:
             await self._start(replica)
         except EngineError as error:
-            if not patient and not self.up:
+            if not self._opened:
                 raise
             await self._replace(replica, error)
 
@@ -306,7 +308,8 @@ class EnginePool:
         except DreamError:
             raise
         except Exception as error:
-            raise CallRefused(f"an engine refused a call: {_said(error)}") from error
+            kind = CallRefused if isinstance(error, ValueError) else EngineError  # as vLLM's of a prompt too long
+            raise kind(f"an engine refused a call: {_said(error)}") from error
         finally:
             replica.in_flight -= 1
 

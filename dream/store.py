@@ -87,7 +87,7 @@ class Log:
             if sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            with suppress(OSError):  # what stays is cut off when the file is opened again
+            with suppress(OSError):  # half a row is cut off when the file is opened again; a whole one then counts
                 self._file.truncate(start)
             raise _storage_error(self.path, error) from error
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dream.config import Config
 from dream.engine import ScriptedEngine
-from dream.errors import DataError
+from dream.errors import CallRefused, DataError, EngineError
 from dream.judge.question import Question
-from dream.records import EvalPair, Side, Verdict, user
+from dream.records import EvalPair, Message, Side, Verdict, user
 from dream.scenarios import eval_pairs
 from train.behaviour import Sampled
 from train.evals import (
@@ -168,6 +168,20 @@ def test_scores_are_prompts_by_reply_sets_by_stances(run: Callable) -> None:
     evaluation = figures(logps, {"clear": [], "flawed": []}, seed=0)
     assert (evaluation.clear.chosen_logp, evaluation.flawed.chosen_logp) == (1.0, 40.0)
     assert (evaluation.clear.margin, evaluation.flawed.margin, evaluation.margin) == (-1.0, 10.0, 9.0)
+
+
+def test_pair_that_the_engine_refuses_is_named(run: Callable) -> None:
+    """One row of a file that is too long for the engine is told from the others, with the key that helps."""
+
+    class Refusing(ScriptedEngine):
+        async def score(self, messages: Sequence[Message], replies: Sequence[str]) -> list[list[float]]:
+            if messages[0]["content"].startswith("flawed"):
+                raise CallRefused("an engine refused a call: ValueError: too long")
+            return await super().score(messages, replies)
+
+    pairs = joined([eval_row("a", "clear"), eval_row("a", "flawed")])
+    with pytest.raises(EngineError, match=r"^pair 'a', flawed: .*too long.*engine\.max_model_len$"):
+        run(crossed_logps(Refusing(lambda messages, number: ""), pairs))
 
 
 def test_sampled_replies_are_judged(run: Callable, judge, settings_with) -> None:

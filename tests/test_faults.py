@@ -442,7 +442,7 @@ def test_engine_that_is_being_started_ends_to_rest(toys) -> None:
 def test_engine_that_fails_to_join_is_started_again(toys) -> None:
     """Once one engine is up, another that is lost while it starts for the first time ends nothing."""
 
-    async def go() -> tuple[set[str], int]:
+    async def go(first: str) -> tuple[set[str], int]:
         lost = asyncio.Event()
 
         async def begin(toy: Toy) -> None:
@@ -451,12 +451,16 @@ def test_engine_that_fails_to_join_is_started_again(toys) -> None:
                 raise EngineDied("its node is gone")
 
         async with toys(begin, replicas=2) as pool:
+            asked = asyncio.create_task(ask(pool, first))
+            await asyncio.sleep(0.01)
             lost.set()
-            while pool.up < 2 or Toy.made < 3:
+            await asked
+            while pool.up < 2:
                 await ask(pool)
             return set(await asyncio.gather(ask(pool), ask(pool))), pool.restarts
 
-    assert asyncio.run(asyncio.wait_for(go(), 20)) == ({"1 None", "3 None"}, 1)
+    assert asyncio.run(asyncio.wait_for(go("who"), 20)) == ({"1 None", "3 None"}, 1)
+    assert asyncio.run(asyncio.wait_for(go("die 1"), 20)) == ({"3 None", "4 None"}, 2)  # both, as of one node
 
 
 def test_engine_that_hangs_while_it_starts_again_is_replaced(toys) -> None:

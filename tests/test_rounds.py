@@ -542,6 +542,17 @@ def test_rollback_to_an_earlier_round(world: World, to: int) -> None:
     assert (world.run / "round_02" / "train" / "weights").is_dir()
 
 
+@pytest.mark.parametrize(("kill", "stays"), [("accepted 1", True), ("measuring", False)])
+def test_rollback_to_the_policy_in_force(world: World, kill: str, stays: bool) -> None:
+    """It forgives the rejections. What was dreamed since is of that policy and stays; what was trained at their rate
+    does not."""
+    with pytest.raises(Killed):
+        world.go(rounds=2, kill=f"round 2: {kill}")
+    roll_back(world.run, 1)
+    assert (world.run / "round_02").exists() == stays
+    assert decisions(world.go(rounds=2)) == ["promote", "promote"]
+
+
 def test_rollback_needs_a_promoted_round(world: World) -> None:
     """A rejected round and one that never was are refused, with those there are; the policy stays."""
     world.skills[1] = 0.0

@@ -1,6 +1,8 @@
 """train/undo.py: the margin, the counts, and whole tests on a toy policy; what `dream eval --undo` says of them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,8 +19,9 @@ from toy import train_toy
 
 from dream import cli, runs, tasks, templates
 from dream.config import Config, TrainConfig
-from dream.errors import ConfigError, RunError
+from dream.errors import ConfigError, RunError, Stopped
 from dream.records import EvalPair, PreferencePair, Side, user
+from dream.stop import Stop
 from dream.store import Log, RunFolder, read_json, read_log, write_json
 from dream.templates import Template
 from dream.terminal import Terminal, undo_sentence, undo_table
@@ -279,7 +282,7 @@ def test_command_starts_the_child_and_cleans_up(
     begun = []
     expected = found(0.0, 1.0, [-0.5], limit=1)
 
-    def child(spec: UndoSpec, folder: Path, on_line: Callable[[dict[str, Any]], None], module: str) -> None:
+    def child(spec: UndoSpec, folder: Path, on_line: Callable[[dict[str, Any]], None], module: str, stop: Stop) -> None:
         begun.append((folder, module))
         on_line({"examples": 1, "margin": -0.5, "limit": 1})
         write_json(Path(spec.out), expected.model_dump())
@@ -295,6 +298,26 @@ def test_command_starts_the_child_and_cleans_up(
     assert not folder.exists()
     assert sorted(path.name for path in run.iterdir()) == ["policy.json", "round_01"]
     assert "1 of 1 opposite examples: margin -0.500" in capsys.readouterr().err
+
+
+def test_signal_leaves_no_folder(
+    toy_model: Path, tmp_path: Path, tiny_templates: list[Template], settings_with: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Ctrl-C ends the test by the product's own handling, and what it had written is gone."""
+    begun = []
+
+    def child(spec: UndoSpec, folder: Path, on_line: Any, module: str, stop: Stop) -> None:
+        begun.append(folder)
+        with stop.gently("stopping"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(tasks, "train_in_child", child)
+    monkeypatch.setattr(templates, "load_all", lambda: tiny_templates)
+    run = promoted(tmp_path / "run", weights="w")
+    with Terminal() as terminal, pytest.raises(Stopped):
+        tasks.undo(settings_with(model=str(toy_model)), run, terminal)
+    assert not begun[0].exists()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

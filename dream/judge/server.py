@@ -30,6 +30,8 @@ PATIENCE = 8
 GONE = 64
 """Requests in a row, over all batches, after which the server is gone, be it for want of credit (402, 403, or 429 for
 good): scenarios would be used up without a verdict."""
+WITHOUT_END = (402, 403, 408, 409, 429)
+"""Of a server that has answered: each may be about one request, and all of them together are not."""
 LONGEST_WAIT_S = 120.0
 """Before a retry: the longest `Retry-After` that the library honours."""
 _HINTS = {401: "judge.server.api_key_env", 403: "judge.server.api_key_env", 404: "judge.server.base_url and model"}
@@ -103,7 +105,8 @@ class Server:
         except openai.APIStatusError as error:
             if self._is_refusal(error.status_code):
                 raise self._refusal(error) from None  # the library's own text may hold the key
-            self._unheard(f"status {error.status_code}", down=error.status_code >= 500)
+            if error.status_code >= 500 or error.status_code in WITHOUT_END:
+                self._unheard(f"status {error.status_code}", down=error.status_code >= 500)
             return None
         except (openai.OpenAIError, TimeoutError, ValueError, RecursionError) as error:  # none in time, or no JSON
             self._unheard(type(error).__name__, down=True)
