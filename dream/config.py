@@ -317,7 +317,8 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """What a round is measured on; the same scenarios in every round of a run, so that rounds are compared in pairs.
 
-    Fewer than five sampled replies of a kind can never show a loss at `gate.confidence` .95 (one half to the fourth)."""
+    Fewer than five sampled replies of a kind can never show a loss at `gate.confidence` .95: chance loses all of four
+    once in sixteen times."""
 
     heldout_pairs: int = Field(48, ge=4)
     "Scenarios of kinds of flaw that are never trained on."
