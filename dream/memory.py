@@ -26,8 +26,8 @@ COMBINATIONS = (("lora", "adamw_torch"), ("full", "adamw_torch"), ("full", "apol
 PROCESS = GIB
 """Libraries and what they keep: of a Python process with torch on a CPU, of a CUDA context with its graphs on a GPU."""
 HEAP = 0.6
-"""What malloc holds beside the activations, as a share of them, in mixed precision on a CPU: casts that come and go lie
-between what is kept, so that their room is not one piece (measured, docs/LOG.md)."""
+"""What malloc holds beside the activations, as a share of them, on a CPU: blocks that come and go lie between what is
+kept, so that their room is not one piece (measured, docs/LOG.md, "malloc's holes")."""
 BATCHED_TOKENS = 2048
 """Tokens that vLLM computes in one step, its `max_num_batched_tokens` when nothing else is asked for."""
 DRIFT_TOKENS = 320
@@ -260,7 +260,7 @@ def trainer_plan(shape: ModelShape, train: TrainConfig, served: str, device: Dev
     weights = shape.parameters * (2 if mixed and not full else 4) * copies
     kept = activations(shape, train, device, batch)
     if not device.gpu:
-        kept += (int(HEAP * kept) if mixed else 0) + 8 * DRIFT_TOKENS * shape.vocab
+        kept += int(HEAP * kept) + 8 * DRIFT_TOKENS * shape.vocab
     beside = 0 if full else 16 * shape.embedding * workers
     if sharded:
         layer = sum(rows * columns for rows, columns in shape.linears.values())

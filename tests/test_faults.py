@@ -206,8 +206,14 @@ def test_pair_that_did_not_reach_the_disk_is_taken_back(tmp_path: Path, make_pai
     rounds = RoundStore(tmp_path)
     rounds.keep(make_pair("a"))
     before = (tmp_path / "pairs.jsonl").read_bytes()
+    pairs = rounds._logs["pairs"]._file.fileno()
+
+    def sync(handle: int) -> None:
+        if handle == pairs:
+            raise OSError(errno.ENOSPC, "No space")
+
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+        patch.setattr(store.os, "fsync", sync)
         with pytest.raises(StorageError, match=r"pairs\.jsonl: No space"):
             rounds.keep(make_pair("b"))
     assert (tmp_path / "pairs.jsonl").read_bytes() == before
