@@ -12,7 +12,6 @@ from dream import prompts, store
 from dream.config import Config
 from dream.errors import DreamError, RunError
 from dream.paths import data_folder
-from dream.records import PreferencePair
 from dream.templates import Template
 from dream.terminal import rounds_table
 
@@ -93,8 +92,6 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             about = opened(run)
         except DreamError:
             continue  # somebody else's folder
-        files = [folder / "pairs.jsonl" for folder in store.round_folders(run).values()]
-        lines = [sum(1 for _ in pairs.open("rb")) for pairs in files if pairs.exists()]
         try:
             rounds, policy = len(finished_rounds(run)), read_policy(run).version
         except DreamError:  # one damaged run hides no other
@@ -105,11 +102,17 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 "kind": about["kind"],
                 "model": about["config"].get("model", ""),
                 "rounds": rounds,
-                "pairs": sum(lines) // 2,
+                "pairs": sum(map(_pairs, store.round_folders(run).values())),
                 "policy": policy,
             }
         )
     return rows
+
+
+def _pairs(folder: Path) -> int:
+    """How many contrast pairs a round's folder holds."""
+    path = folder / "pairs.jsonl"
+    return sum(1 for _ in path.open("rb")) // 2 if path.exists() else 0
 
 
 def show_run(run: Path) -> dict[str, Any]:
@@ -125,8 +128,7 @@ def show_run(run: Path) -> dict[str, Any]:
         rounds_table(baseline, results, f"held-out scenarios, policy now: {policy.version}")
     else:
         for folder in store.round_folders(run).values():
-            pairs = len(list(store.contrast_pairs(store.read_log(folder / "pairs.jsonl", PreferencePair))))
-            print(f"{folder.name}: {pairs} pairs; dropped {store.drop_reasons(folder)}")
+            print(f"{folder.name}: {_pairs(folder)} pairs; dropped {store.drop_reasons(folder)}")
     return {
         "run": str(run),
         "policy": policy.model_dump(),

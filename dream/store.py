@@ -200,19 +200,20 @@ class RoundStore:
         self._logs[log].append(*records)
 
     def keep(self, *pairs: ContrastPair) -> None:
-        """Stores accepted contrast pairs, all rows in one write, on the disk before they are counted.
-
-        Their scenarios are there before them: after a loss of power one whose scenario were gone would be drawn again.
-        """
-        self._logs["scenarios"].sync()
-        self._logs["pairs"].append(*(row for pair in pairs for row in (pair.clear, pair.flawed)), sync=True)
+        """Stores accepted contrast pairs, all rows in one write, on the disk before they are counted."""
+        self._accept("pairs", *(row for pair in pairs for row in (pair.clear, pair.flawed)))
         self.pairs += pairs
 
     def keep_spare(self, pair: ContrastPair) -> None:
         """Stores an accepted candidate that is not among the round's pairs: one too many, or dreamed for balance."""
-        self._logs["scenarios"].sync()
-        self._logs["spare"].append(pair.clear, pair.flawed, sync=True)
+        self._accept("spare", pair.clear, pair.flawed)
         self.spare.append(pair)
+
+    def _accept(self, log: str, *rows: PreferencePair) -> None:
+        """Rows on the disk, and their scenarios before them: after a loss of power a pair whose scenario were gone
+        would be drawn again."""
+        self._logs["scenarios"].sync()
+        self._logs[log].append(*rows, sync=True)
 
     def exchange(self, chosen: list[ContrastPair]) -> None:
         """Makes `chosen`, out of the pairs and the spare ones, the round's pairs; the others are spare.
@@ -238,8 +239,7 @@ class RoundStore:
 
     def keep_general(self, row: PreferencePair) -> None:
         """Stores an accepted general pair."""
-        self._logs["scenarios"].sync()
-        self._logs["general"].append(row, sync=True)
+        self._accept("general", row)
         self.general.append(row)
 
     def drop(self, row: Dropped) -> None:

@@ -129,9 +129,8 @@ def roll_back(run: Path, number: int) -> Policy:
     if number not in there:
         raise RunError(f"{run}: round {number} was not promoted; --to takes one of {', '.join(map(str, there))}")
     unfinished = round_folder(run, len(results) + 1)
-    same = number == read_policy(run).round
-    if unfinished.exists() and not (same and not (unfinished / "train").exists()):
-        # It came from the policy that is left, or was trained at the rate of the rejections that are forgiven.
+    trained = (unfinished / "train").exists()  # at the rate of the rejections that are forgiven
+    if unfinished.exists() and (trained or number != read_policy(run).round):  # else it came from the policy that stays
         unfinished.rename(run / f"set_aside_{time.time_ns()}_{unfinished.name}")
     policy = trained_policy(run, number).model_copy(update={"as_of": len(results), "chosen_after": len(results)})
     write_json(run / "policy.json", policy.model_dump())

@@ -105,8 +105,9 @@ class Server:
         except openai.APIStatusError as error:
             if self._is_refusal(error.status_code):
                 raise self._refusal(error) from None  # the library's own text may hold the key
-            if error.status_code >= 500 or error.status_code in WITHOUT_END:
-                self._unheard(f"status {error.status_code}", down=error.status_code >= 500)
+            down = error.status_code >= 500
+            if down or error.status_code in WITHOUT_END:
+                self._unheard(f"status {error.status_code}", down=down)
             return None
         except (openai.OpenAIError, TimeoutError, ValueError, RecursionError) as error:  # none in time, or no JSON
             self._unheard(type(error).__name__, down=True)
