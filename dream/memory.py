@@ -217,7 +217,8 @@ class TrainerPlan(NamedTuple):
     updating: int
     """Temporaries of the optimiser."""
     beside: int
-    """Before training (LoRA): norms of the weights in float64. Before and after (`train.fsdp`): whole weights."""
+    """LoRA, before training: norms of the weights in float64. `train.fsdp` on a CPU, before and after: whole weights,
+    which are in main memory."""
     merged: int
     """After training (LoRA), in the policy's place: the merged weights to be served."""
     accumulates: bool
@@ -265,7 +266,7 @@ def trainer_plan(shape: ModelShape, train: TrainConfig, served: str, device: Dev
     if sharded:
         layer = sum(rows * columns for rows, columns in shape.linears.values())
         kept += 8 * (shape.embedding * (1 if shape.tied else 2) + layer)  # and their gradients
-        beside = 4 * shape.parameters * (1 if device.gpu else max(2, workers - 1))
+        beside = 0 if device.gpu else 4 * shape.parameters * max(2, workers - 1)
     return TrainerPlan(
         method=train.method,
         optim=train.optim,

@@ -1,18 +1,22 @@
 """train/checkpoints.py: a policy's weights as they are served."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from apollo_torch import APOLLOAdamW
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 from toy import build_toy, train_toy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from train.checkpoints import as_served, load_model, whole_weights
+from dream.records import user
+from train.checkpoints import Place, as_served, load_model, whole_weights, without_dropout
+from train.data import Rehearsed
 from train.drift import displacement_since_now
 from train.scoring import reply_distributions
 
@@ -30,10 +34,17 @@ def test_what_is_served_is_on_average_what_was_trained(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "several", "place"), [(0, False, None), (1, False, "cuda"), (2, False, "auto"), (2, True, "cuda")]
+    ("gpus", "several", "place", "devices"),
+    [
+        (0, False, Place.DEVICES, None),
+        (1, False, Place.DEVICES, "cuda"),
+        (2, False, Place.DEVICES, "auto"),
+        (2, True, Place.DEVICES, "cuda"),
+        (2, True, Place.MEMORY, None),
+    ],
 )
 def test_where_a_model_is_put(
-    toy_model: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, several: bool, place: str | None
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, several: bool, place: Place, devices: str | None
 ) -> None:
     """One of several workers sees all GPUs of its machine and takes its own; a worker alone spreads the model."""
     asked = []
@@ -47,8 +58,16 @@ def test_where_a_model_is_put(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
-    load_model(str(toy_model), torch.float32, trust_remote_code=False)
-    assert asked == [place]
+    load_model(str(toy_model), torch.float32, False, place)
+    assert asked == [devices]
+
+
+def test_dropout_of_a_function_is_off_too(toy_model: Path) -> None:
+    """A Llama gives its attention a number, which no `Dropout` module holds."""
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(str(toy_model), attention_dropout=0.5))
+    model = without_dropout(model).train()
+    ids = torch.tensor([[2, 5, 6, 1, 3, 7, 8]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_weights_that_did_not_move_are_served_as_they_were() -> None:
@@ -88,7 +107,7 @@ def one_worker() -> Iterator[None]:
 def test_model_in_parts_is_the_same_model(tmp_path: Path) -> None:
     """Between calls every parameter is in parts, tied ones once; calls and gathered weights are those of the whole."""
     build_toy(tmp_path, tied=True)
-    plain, parts = (load_model(str(tmp_path), torch.float32, False, sharded) for sharded in (False, True))
+    plain, parts = (load_model(str(tmp_path), torch.float32, False, place) for place in (Place.DEVICES, Place.PARTS))
     texts = [([2, 5, 6, 1, 3], [7, 8, 9])]
     assert torch.equal(reply_distributions(parts, texts)[0], reply_distributions(plain, texts)[0])
     assert all(isinstance(value, DTensor) for value in parts.parameters())
@@ -103,11 +122,46 @@ def test_displacement_of_a_model_in_parts(tmp_path: Path) -> None:
     """It is that of the same change of the whole model."""
     build_toy(tmp_path)
     moved = []
-    for sharded in (False, True):
-        model = load_model(str(tmp_path), torch.float32, False, sharded)
+    for place in (Place.DEVICES, Place.PARTS):
+        model = load_model(str(tmp_path), torch.float32, False, place)
         displaced = displacement_since_now(model)
         with torch.no_grad():
             for value in model.parameters():
                 value *= 1.5
         moved.append(displaced())
     assert moved == pytest.approx([0.5, 0.5])
+
+
+def test_adapters_base_is_gone_before_the_merged_model_is_made(
+    toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two are as large, and a GPU that holds the policy need not hold both."""
+    bases, alive = [], []
+
+    def loaded(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        alive.append([base() is not None for base in bases])
+        bases.append(weakref.ref(model.get_input_embeddings().weight))
+        return model
+
+    monkeypatch.setattr("train.step.load_model", loaded)
+    train_toy(toy_model, tmp_path / "out", method="lora")
+    assert alive == [[], [False], [False, False]]  # what is served before, the policy, and what is served after
+
+
+def test_apollo_repairs_with_the_large_epsilon(
+    toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its two groups, matrices and the rest, transformers tells it to one."""
+    seen = []
+    stepped = APOLLOAdamW.step
+
+    def step(self: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append({group["eps"] for group in self.param_groups})
+        return stepped(self, *arguments, **named)
+
+    monkeypatch.setattr(APOLLOAdamW, "step", step)
+    text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
+    apollo = {"method": "full", "optim": "apollo_adamw", "apollo_rank": 4}
+    train_toy(toy_model, tmp_path / "out", repaired=[text] * 4, repair_steps=1, repair_epsilon=3e-5, **apollo)
+    assert seen == [{1e-8}] * 4 + [{3e-5}]

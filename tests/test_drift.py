@@ -98,6 +98,7 @@ def test_spent_budget_ends_training_early(toy_model: Path, tmp_path: Path) -> No
     ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
     assert len(reports) == ledger["steps"] == 2 < ledger["planned_steps"] == 4
     assert "train.max_kl" in ledger["ended_early"]
+    assert (ledger["rows"], ledger["left_out"]) == (8, 0)  # of 16, those of two steps
     assert "ended after 2 of 4 steps" in ledger["summary"]
     assert (tmp_path / "out" / "weights" / "model.safetensors").exists()
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -67,31 +68,39 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def load_model(
-    source: str, dtype: torch.dtype | str, trust_remote_code: bool, sharded: bool = False
-) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the GPU where there is one.
+class Place(Enum):
+    """Where a model is loaded to."""
 
-    It is spread over several GPUs where no other worker uses them. `dtype` "auto" keeps the precision of the files.
-    `sharded`: see `in_parts`.
+    DEVICES = auto()
+    """The GPU where there is one; spread over several where no other worker uses them."""
+    PARTS = auto()
+    """Every worker's part on its device, see `in_parts`."""
+    MEMORY = auto()
+    """Main memory, whatever GPUs there are."""
+
+
+def load_model(
+    source: str, dtype: torch.dtype | str, trust_remote_code: bool, place: Place = Place.DEVICES
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode. `dtype` "auto" keeps the precision of the files.
 
     Raises:
         TrainingError: it is not there or cannot be read.
     """
     spread = torch.cuda.device_count() > 1 and not torch.distributed.is_initialized()  # else they are other workers'
-    place = ("auto" if spread else "cuda") if torch.cuda.is_available() else None
+    devices = ("auto" if spread else "cuda") if torch.cuda.is_available() else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            device_map=None if sharded else place,
+            device_map=devices if place is Place.DEVICES else None,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise TrainingError(f"{source}: cannot be loaded as a language model: {_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
-    return in_parts(model.eval()) if sharded else model.eval()
+    return in_parts(model.eval()) if place is Place.PARTS else model.eval()
 
 
 def in_parts(model: PreTrainedModel) -> PreTrainedModel:
@@ -178,6 +187,8 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # of a function, and no module
+            module.attention_dropout = 0.0
     return model
 
 

@@ -31,11 +31,15 @@ class OwnSchedule:
     """For a trainer of transformers: the schedule of `scheduler`, by the configuration in `_train`."""
 
     _train: TrainConfig
+    args: Any
     optimizer: torch.optim.Optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Called by the trainer once it knows its steps."""
-        self.lr_scheduler = scheduler(optimizer or self.optimizer, num_training_steps, self._train)
+        optimizer = optimizer or self.optimizer
+        for group in optimizer.param_groups:  # of Apollo's two, transformers tells it to one
+            group["eps"] = self.args.adam_epsilon
+        self.lr_scheduler = scheduler(optimizer, num_training_steps, self._train)
         return self.lr_scheduler
 
 

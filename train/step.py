@@ -23,11 +23,13 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
+from dream.config import TrainConfig
 from dream.errors import DataError
 from dream.records import PreferencePair
 from dream.store import read_log, write_json
 from train import ledger
 from train.checkpoints import (
+    Place,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -41,7 +43,7 @@ from train.checkpoints import (
 )
 from train.child import Report, carry_out
 from train.data import Encoded, StepSpec, encode, encode_rehearsed, with_other_sides
-from train.dpo import ConservativeDPOTrainer, data_set, dpo_arguments, row_weights
+from train.dpo import ConservativeDPOTrainer, data_set, dpo_arguments, row_weights, training_order
 from train.drift import Budget, DriftMeter
 from train.repair import repair
 from train.scoring import (
@@ -64,11 +66,16 @@ def load_policy(spec: StepSpec) -> PreTrainedModel:
     train = spec.train
     if train.method == "full":
         return without_dropout(
-            load_model(spec.weights or spec.model, torch.float32, spec.trust_remote_code, train.fsdp)
+            load_model(spec.weights or spec.model, torch.float32, spec.trust_remote_code, trainer_place(train))
         )
     dtype = torch.bfloat16 if train.mixed_precision else torch.float32
     model = without_dropout(load_model(spec.model, dtype, spec.trust_remote_code))
     return load_adapter(model, spec.adapter, trainable=True) if spec.adapter else new_adapter(model, train.lora)
+
+
+def trainer_place(train: TrainConfig) -> Place:
+    """Where what the trainer works with goes."""
+    return Place.PARTS if train.fsdp else Place.DEVICES
 
 
 def run(spec: StepSpec, report: Report) -> None:
@@ -102,9 +109,9 @@ def run(spec: StepSpec, report: Report) -> None:
             for ids, w in zip(encoded, weights, strict=True)
         ]
         encoded, others = with_other_sides(encoded, rows, train)
-        kept = [i for i, weight in enumerate(weights) if weight]
+        fitting = [i for i, weight in enumerate(weights) if weight]
         dtype = getattr(torch, spec.served_dtype)
-        probes_before = served_before(spec, tokenizer, dtype)
+        probes_before = served_before(spec, tokenizer, dtype) if workers.is_main_process else []
 
         policy = load_policy(spec)
         texts = [probe_ids(tokenizer, probe) for probe in spec.heldout]
@@ -122,7 +129,7 @@ def run(spec: StepSpec, report: Report) -> None:
         loaded = time.monotonic()
         warm_up_loss = None
         if spec.sft:
-            warm_up_loss = warm_up(policy, tokenizer, [encoded[i] for i in kept], train, f"{scratch}/sft", spec.seed)
+            warm_up_loss = warm_up(policy, tokenizer, [encoded[i] for i in fitting], train, f"{scratch}/sft", spec.seed)
         reference = reference_scores(spec, policy, encoded, before, scoring)
         referenced = time.monotonic()
         trainer = ConservativeDPOTrainer(
@@ -147,10 +154,13 @@ def run(spec: StepSpec, report: Report) -> None:
             budget.path.append(meter.measure(steps + len(repair_kl)))
         trained = time.monotonic()
         after = score_pairs(policy, encoded, **scoring)
-        weights_after = whole_weights(policy)
+        # Of an adapter they would keep the base alive, which makes room for the merged model.
+        weights_after = whole_weights(policy) if train.method == "full" else {}
         if not workers.is_main_process:
             return
 
+        reached = set(training_order(encoded, others, train.batch_size)[: steps * train.batch_size])
+        kept = [i for i in fitting if i in reached]  # fewer where a budget ended the training
         change = ledger.ChangeMeter(dtype)
         served = save_policy(spec, policy, weights_after, folder, dtype, change)
         tokenizer.save_pretrained(folder / "weights")
@@ -159,7 +169,7 @@ def run(spec: StepSpec, report: Report) -> None:
         )
         document = {
             "rows": len(kept),
-            "left_out": len(rows) - len(kept),
+            "left_out": len(rows) - len(fitting),
             "steps": steps,
             "planned_steps": planned,
             "ended_early": budget.spent,
@@ -188,10 +198,18 @@ def served_before(spec: StepSpec, tokenizer: Any, dtype: torch.dtype) -> list[fl
     if not spec.probes:
         return []
     if spec.train.method == "full" and spec.weights:
-        served = rounded(load_model(spec.weights, "auto", spec.trust_remote_code), dtype, trained=True)
+        served = rounded(load_whole(spec, spec.weights, "auto"), dtype, trained=True)
     else:
-        served = merge_adapters(load_model(spec.model, "auto", spec.trust_remote_code), None, spec.adapter, dtype)
-    return probe_scores(served, tokenizer, spec.probes)
+        served = merge_adapters(load_whole(spec, spec.model, "auto"), None, spec.adapter, dtype)
+    scores = probe_scores(served, tokenizer, spec.probes)
+    del served
+    gc.collect()  # on several GPUs a model is part of a cycle
+    return scores
+
+
+def load_whole(spec: StepSpec, source: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A whole model beside the policy: in main memory where the policy is in parts because no device holds it whole."""
+    return load_model(source, dtype, spec.trust_remote_code, Place.MEMORY if spec.train.fsdp else Place.DEVICES)
 
 
 def reference_scores(
@@ -212,7 +230,9 @@ def of_initial(spec: StepSpec, policy: PreTrainedModel, measure: Callable[[PreTr
     if spec.train.method == "lora":
         with policy.disable_adapter():
             return measure(policy)
-    return measure(load_model(spec.model, torch.float32, spec.trust_remote_code, spec.train.fsdp))
+    found = measure(load_model(spec.model, torch.float32, spec.trust_remote_code, trainer_place(spec.train)))
+    gc.collect()  # as in `served_before`
+    return found
 
 
 def is_initial(spec: StepSpec) -> bool:
@@ -229,14 +249,13 @@ def save_policy(
     meter: ledger.ChangeMeter,
 ) -> PreTrainedModel:
     """Writes adapter or masters (of `weights`), and the merged weights; the merged model, as it is served."""
-    trust = spec.trust_remote_code
     if spec.train.method == "lora":
         policy.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], safe_serialization=True)
-        policy.to("meta")  # frees its memory, whoever still holds it: the merged model is as large
-        base = load_model(spec.model, "auto", trust)
+        policy.to("meta")  # frees its memory, whoever still holds the model: the merged one is as large
+        base = load_whole(spec, spec.model, "auto")
         served = merge_adapters(base, spec.adapter, str(folder / "adapter"), dtype, meter.add)
     else:
-        base = load_model(spec.weights or spec.model, torch.float32, trust)
+        base = load_whole(spec, spec.weights or spec.model, torch.float32)
         masters = replace_weights(base, weights, meter.add)
         if dtype != torch.float32:
             rounded(masters, torch.float32).save_pretrained(folder / "masters")
