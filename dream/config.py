@@ -399,6 +399,8 @@ class Config(Section):
     def _consistent(self) -> "Config":
         if self.train.optim == "apollo_adamw" and self.train.method == "lora":
             raise ValueError("train.optim: apollo_adamw is for full weights; set train.method to full")
+        if self.generate.temperature == 0 and self.generate.samples > 1:
+            raise ValueError("generate.samples: at temperature 0 all replies are the same; set it to 1")
         if self.train.fsdp and self.train.method == "lora":
             raise ValueError("train.fsdp: shards full weights over the workers; set train.method to full")
         if self.train.fsdp and self.train.optim == "apollo_adamw":

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def read_conversations(path: Path, on_bad: OnBad) -> Iterator[tuple[int, list[Me
 
 
 def exchanges(messages: Sequence[Message]) -> Iterator[Exchange]:
-    """Each assistant turn that answers a user turn; the prompt begins with a user turn after the system message."""
+    """Each assistant turn that answers a user turn; the prompt begins with a user turn after the system message, and
+    neighbouring turns of one role are one in it."""
     system = [message for message in messages[:1] if message["role"] == "system"]
     for turn in range(1, len(messages)):
         if (messages[turn - 1]["role"], messages[turn]["role"]) != ("user", "assistant"):
@@ -121,7 +123,15 @@ def exchanges(messages: Sequence[Message]) -> Iterator[Exchange]:
             del history[0]
         following = messages[turn + 1] if turn + 1 < len(messages) else None
         said = following["content"] if following and following["role"] == "user" else ""
-        yield Exchange(turn, system + history, messages[turn]["content"], said)
+        yield Exchange(turn, system + _joined(history), messages[turn]["content"], said)
+
+
+def _joined(messages: Sequence[Message]) -> list[Message]:
+    """Neighbouring turns of one role as one: many chat templates take no two."""
+    joined: list[Message] = []
+    for role, turns in groupby(messages, key=lambda message: message["role"]):
+        joined.append({"role": role, "content": "\n\n".join(turn["content"] for turn in turns)})
+    return joined
 
 
 def _json_turns(path: Path, bad: _Bad) -> Iterator[_Piece]:

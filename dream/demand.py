@@ -34,6 +34,11 @@ class Demand:
         return max(0, self.wanted - self.accepted.total())
 
     @property
+    def served(self) -> float:
+        """What it got so far, in pairs; see above."""
+        return sum(map(self._served, self.templates))
+
+    @property
     def covered(self) -> bool:
         """Whether the scenarios under way will probably bring what is missing, by the acceptance rate so far."""
         ended = self.attempts.total() - self.under_way.total()

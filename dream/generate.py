@@ -19,7 +19,7 @@ from dream.demand import Demand
 from dream.diversity import Diversity, NearDuplicates, diversity
 from dream.embed import Embed
 from dream.engine import Engine
-from dream.errors import DataError, TemplateError
+from dream.errors import CallRefused, DataError, TemplateError
 from dream.filters import Judged, Refusal, already_right, contrast_pair, mirrored_pair, preference_pair
 from dream.judge.combined import Judge
 from dream.judge.question import Question
@@ -154,6 +154,7 @@ class RoundDreamer:
             "spare": len(self._store.spare),
             "balanced_anew": self._balanced_anew,
             "general": len(self._store.general),
+            "general_wanted": self._general.wanted,
             "scenarios": self._count,
             "accepted_by_flaw": dict(accepted.most_common()),
             "starving": sorted(kinds - set(accepted)),
@@ -166,10 +167,11 @@ class RoundDreamer:
 
     def _recover(self) -> None:
         """Counts what an earlier process did; scenarios that it left under way get a row that says so."""
-        done = self._store.done
+        done, drawn = self._store.done, set()
         for scenario in read_log(self._store.folder / "scenarios.jsonl", Scenario):
             if scenario.scenario_id not in done:
                 self._store.drop(self._dropped(scenario, "generate", "interrupted"))
+            drawn.add(scenario.scenario_id)
             if scenario.mirror_of:
                 continue
             self._count = max(self._count, _number(scenario.scenario_id))
@@ -178,7 +180,9 @@ class RoundDreamer:
             demand.drawn[name] = max(demand.drawn[name], scenario.seed - self._seed(0))
         for dropped in self._store.dropped:  # some could not be drawn and left no scenario
             self._count = max(self._count, _number(dropped.scenario_id))
-            self._demand(dropped.template).failed[dropped.template] += 1
+            demand, name = self._demand(dropped.template), dropped.template
+            demand.failed[name] += 1
+            demand.attempts[name] += dropped.scenario_id not in drawn
         for pair in (*self._store.pairs, *self._store.spare):
             self._contrast.accepted[pair.clear.meta["template"]] += 1
         for row in self._store.general:
@@ -192,18 +196,22 @@ class RoundDreamer:
             kept = spare | {row.pair_id for row in read_log(folder / "pairs.jsonl", PreferencePair)}
             for scenario in read_log(folder / "scenarios.jsonl", Scenario):
                 if scenario.scenario_id in kept:
-                    self._seen.add(scenario.scenario_id, _substance(scenario))
+                    self._seen.add(scenario.scenario_id, self._substance(scenario))
 
     def _demand(self, template: str) -> Demand:
         known = self._by_name.get(template)
         return self._general if known is not None and known.general else self._contrast
 
     def _open(self) -> list[Demand]:
-        """What still lacks pairs; empty when the round is complete, its scenarios are used up, or it is to stop."""
-        wanted = self._contrast.wanted + self._general.wanted
-        if self._stop.asked is not None or self._count >= self._config.generate.max_scenarios_per_pair * wanted:
+        """What lacks pairs and has scenarios left to try; empty where the round is complete or is to stop."""
+        if self._stop.asked is not None:
             return []
-        return [demand for demand in (self._general, self._contrast) if demand.missing]
+        most = self._config.generate.max_scenarios_per_pair
+        return [
+            demand
+            for demand in (self._general, self._contrast)
+            if demand.missing and demand.attempts.total() < most * demand.wanted
+        ]
 
     async def _work(self) -> None:
         while lacking := self._open():
@@ -212,7 +220,7 @@ class RoundDreamer:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
-            demand = max(waiting, key=lambda one: one.missing / one.wanted)
+            demand = min(waiting, key=lambda one: one.served / one.wanted)
             await self._one(demand, demand.next())
             self._changed.set()
         self._changed.set()
@@ -227,12 +235,14 @@ class RoundDreamer:
             seed = self._seed(demand.drawn[template.name])
             scenario = draw(template, seed, scenario_id, covered=self._config.generate.coverage)
             kept = await self._dream(template, scenario)
-        except TemplateError as error:  # one draw in many may not render; that is a row, not the end of the round
+        except (TemplateError, CallRefused) as error:
+            # One draw in many may not render, or be too long for the engine: a row, and not the end of the round.
+            refused = isinstance(error, CallRefused)
             row = Dropped(
                 scenario_id=scenario_id,
                 template=template.name,
-                stage="draw",
-                reason="template_error",
+                stage="engine" if refused else "draw",
+                reason="engine_refused" if refused else "template_error",
                 detail=str(error),
             )
             self._store.drop(row)
@@ -251,12 +261,18 @@ class RoundDreamer:
             )
         )
 
+    def _substance(self, scenario: Scenario) -> str:
+        """What a scenario is about, without what the dreamer writes, which is new each time."""
+        worded_anew = self._config.generate.dreamer == "write"
+        asked = scenario.clear.aims["comply"] if worded_anew else scenario.clear.direction
+        return f"{scenario.situation} {asked}"
+
     def _seed(self, number: int) -> int:
         return draw_seed(self._config, self._round, number)
 
     async def _dream(self, template: Template, scenario: Scenario) -> int:
         """One scenario's way from draw to pair; how many pairs it gave."""
-        if not template.general and (twin := self._seen.find(_substance(scenario))):
+        if not template.general and (twin := self._seen.find(self._substance(scenario))):
             self._store.add("scenarios", scenario)
             return self._drop(scenario, "draw", "near_duplicate", twin)
         dreamer = self._config.generate.dreamer
@@ -282,7 +298,7 @@ class RoundDreamer:
             return self._drop(scenario, "filter", pair.reason, pair.detail)
         other = mirrored(template, scenario) if self._config.generate.mirror else None
         for one in filter(None, (scenario, other)):  # what it is like was kept while this one was under way
-            if twin := self._seen.find(_substance(one)):
+            if twin := self._seen.find(self._substance(one)):
                 return self._drop(scenario, "filter", "near_duplicate", twin)
         if other is None:
             return self._keep((scenario, pair))
@@ -292,7 +308,7 @@ class RoundDreamer:
     def _keep(self, *accepted: tuple[Scenario, ContrastPair]) -> int:
         """Stores accepted pairs, twins in one write: among the round's, or as spare ones where those are complete."""
         for scenario, _ in accepted:
-            self._seen.add(scenario.scenario_id, _substance(scenario))
+            self._seen.add(scenario.scenario_id, self._substance(scenario))
         pairs = [pair for _, pair in accepted]
         room = max(0, self._config.generate.pairs - len(self._store.pairs))
         if kept := pairs[:room]:
@@ -360,8 +376,3 @@ class RoundDreamer:
 def _number(scenario_id: str) -> int:
     """The number in the id of a scenario or of its mirrored twin."""
     return int(scenario_id.rsplit("-", 1)[1].removesuffix("m"))
-
-
-def _substance(scenario: Scenario) -> str:
-    """What a scenario is about, without the dreamer's background, which is new each time."""
-    return f"{scenario.situation} {scenario.clear.direction}"

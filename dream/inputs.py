@@ -1,6 +1,7 @@
 """Data files that people write: JSON Lines with line numbers in every error."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,12 +107,19 @@ def _renamed(pair: ContrastPair, before: str) -> ContrastPair:
 
 
 def read_contrast_pairs(path: Path) -> list[ContrastPair]:
-    """The whole contrast pairs of a pairs.jsonl; a pair with one row only is left out.
+    """The whole contrast pairs of a pairs.jsonl; a pair with one row only is left out, which is said.
 
     Raises:
-        DataError: a bad row or weight, no whole pair, or two under one id.
+        DataError: a bad row or weight, no whole pair, or two rows of one side under one id.
     """
-    pairs = list(contrast_pairs(read_user_rows(path, PreferencePair)))
+    rows = read_user_rows(path, PreferencePair)
+    [((often, side), times)] = Counter((row.pair_id, row.side) for row in rows).most_common(1)
+    if times > 1:
+        raise DataError(
+            f"{path}: {times} {side} rows are called {often!r}; give files of several runs one by one, "
+            "--data A --data B"
+        )
+    pairs = list(contrast_pairs(rows))
     if not pairs:
         raise DataError(
             f"{path}: no contrast pair; each pair_id needs a clear and a flawed row (rows of `dream logs import` have "
@@ -125,10 +133,6 @@ def read_contrast_pairs(path: Path) -> list[ContrastPair]:
                     f"{path}: pair {row.pair_id!r}, {row.side}: meta.judge_confidence is {sure!r}; it is the row's "
                     "weight, above 0 and up to 1, or left out"
                 )
-    [(often, times)] = Counter(pair.clear.pair_id for pair in pairs).most_common(1)
-    if times > 1:
-        raise DataError(
-            f"{path}: {times} contrast pairs are called {often!r}; give files of several runs one by one, "
-            "--data A --data B"
-        )
+    if halves := len(rows) - 2 * len(pairs):
+        logging.getLogger("dream").warning("%s: %d rows without their pair's other side are left out", path, halves)
     return pairs

@@ -20,7 +20,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from dream.config import Config, EngineConfig
 from dream.engine import Completion, Engine, EngineStats, Sampling
-from dream.errors import CallRefused, ConfigError, DreamError, EngineError
+from dream.errors import ConfigError, DreamError, EngineError
 from dream.link import Answer, Call, CallTaker, Link
 from dream.records import Message
 from dream.vllm_engine import EngineDied, VLLMEngine
@@ -293,7 +293,7 @@ class EnginePool:
 
         Raises:
             _Lost: the engine died or said nothing in time, and is being replaced.
-            EngineError: it could not be replaced, or refused the call.
+            EngineError: it could not be replaced, or failed at the call; `CallRefused` where it would not answer it.
         """
         if replica.coming is not None:
             await asyncio.shield(replica.coming)
@@ -308,8 +308,7 @@ class EnginePool:
         except DreamError:
             raise
         except Exception as error:
-            kind = CallRefused if isinstance(error, ValueError) else EngineError  # as vLLM's of a prompt too long
-            raise kind(f"an engine refused a call: {_said(error)}") from error
+            raise EngineError(f"an engine failed at a call: {_said(error)}") from error
         finally:
             replica.in_flight -= 1
 

@@ -160,12 +160,12 @@ async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> 
         flawed=scenario.flawed.direction,
         voice=rng.choice(prompts.lines("dreamer/voices")),
     )
-    answer = (await _sampled(engine, [user(text)], Sampling(n=1, max_tokens=max_tokens)))[0].text
-    if not is_clean(answer):
+    written = (await _sampled(engine, [user(text)], Sampling(n=1, max_tokens=max_tokens)))[0]
+    if not is_clean(written.text) or written.finish_reason == "length":
         return None
     sides = {}
     for side, label in (("clear", "SOUND"), ("flawed", "FLAWED")):
-        found = re.findall(rf"^\W*{label}\W*:\s*(\S.*?)\s*$", answer, re.MULTILINE)
+        found = [_unmarked(line) for line in re.findall(rf"^\W*{label}\W*:(.*)$", written.text, re.MULTILINE)]
         old = scenario.side(side).direction  # type: ignore[arg-type]  # mypy widens the literal in the loop
         if len(found) != 1 or set(re.findall(r"\d+", old)) != set(re.findall(r"\d+", found[0])):
             return None
@@ -176,6 +176,12 @@ async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> 
     if _plain(sides["clear"].direction) == _plain(sides["flawed"].direction):
         return None
     return scenario.model_copy(update=sides)
+
+
+def _unmarked(line: str) -> str:
+    """A line without the Markdown and the quotation marks that a model puts around it."""
+    line = line.strip().strip("*_`").strip()
+    return line[1:-1].strip() if line[:1] + line[-1:] in ('""', "“”", "''") else line
 
 
 async def _sampled(engine: Engine, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:

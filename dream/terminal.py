@@ -139,9 +139,11 @@ def generate_table(summary: dict[str, Any], audit: "Audit", diversity: "Diversit
     """What a `dream generate` brought: how many, why not more, what it gives away, how diverse it is."""
     from dream.audit import lines
 
+    general, wanted = summary["general"], summary["general_wanted"]
+    of = f" of {wanted}" if general < wanted else ""
     out.print(
         f"{summary['accepted']} of {summary['wanted']} contrast pairs ({summary['mirrored']} of them mirrored) and "
-        f"{summary['general']} general pairs from {summary['scenarios']} scenarios, {summary['tokens']} tokens in "
+        f"{general}{of} general pairs from {summary['scenarios']} scenarios, {summary['tokens']} tokens in "
         f"{summary['seconds']:.0f} s"
     )
     table = Table(box=None, pad_edge=False)

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from dream.config import EngineConfig
 from dream.engine import Completion, EngineStats, Sampling
-from dream.errors import EngineError
+from dream.errors import CallRefused, EngineError
 from dream.records import Message
 
 
@@ -142,6 +144,7 @@ class VLLMEngine:
         """Samples `sampling.n` replies.
 
         Raises:
+            CallRefused: the prompt is too long, or of turns that the model's chat template does not take.
             EngineDied: the engine process is gone.
         """
         from vllm import SamplingParams
@@ -168,6 +171,7 @@ class VLLMEngine:
         The first reply fills the prefix cache with the prompt; the others pay for their own tokens only.
 
         Raises:
+            CallRefused: as `generate`, of the prompt and a reply.
             EngineDied: the engine process is gone.
         """
         head = self._chat_ids(messages)
@@ -177,7 +181,7 @@ class VLLMEngine:
     async def load_weights(self, folder: Path | None) -> None:
         """Loads weights in place, without a restart, and forgets the prefix cache of the old ones."""
         path = str(folder) if folder is not None else self._model
-        with _death_told():
+        with _told():
             if self._asleep:
                 await self._engine.wake_up(tags=["weights"])
             await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
@@ -192,7 +196,7 @@ class VLLMEngine:
         if self._config.release:
             self._engine.shutdown()
         elif self._sleeps and not self._asleep:
-            with _death_told():
+            with _told():
                 await self._engine.sleep(level=self._config.sleep_level)
             self._asleep = True
 
@@ -200,7 +204,10 @@ class VLLMEngine:
         return EngineStats(self._generated, self._prompted, self._cached)
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        encoded = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        try:
+            encoded = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise CallRefused(f"the model's chat template does not take a prompt: {error}") from error
         return list(encoded["input_ids"])
 
     async def _score_one(self, head: list[int], reply: str) -> list[float]:
@@ -217,7 +224,7 @@ class VLLMEngine:
 
     async def _run(self, ids: list[int], parameters: Any) -> Any:
         output = None
-        with _death_told():
+        with _told():
             async for output in self._engine.generate(  # noqa: B007  # the last output is the whole answer
                 {"prompt_token_ids": ids}, parameters, request_id=f"r{next(self._ids)}"
             ):
@@ -230,12 +237,15 @@ class VLLMEngine:
 
 
 @contextmanager
-def _death_told() -> Iterator[None]:
-    """What vLLM raises when its process is gone, as `EngineDied`."""
+def _told() -> Iterator[None]:
+    """What vLLM raises when its process is gone as `EngineDied`, and what it does not answer as `CallRefused`."""
+    from vllm.exceptions import VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         yield
+    except VLLMClientError as error:
+        raise CallRefused(f"the engine refused a call: {error}") from error
     except EngineDeadError as error:
         raise EngineDied(f"the engine process died: {error}") from error
 

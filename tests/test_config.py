@@ -158,6 +158,7 @@ def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
         {"judge": {"signals": ["wording", "server"]}},
         {"seed": -1},
         {"seed": 2**32},
+        {"generate": {"temperature": 0, "samples": 2}},
         {"train": {"flip_probability": 0.5}},
         {"train": {"flip_probability": -0.1}},
         {"judge": {"server": {"base_url": "http://me:hidden@127.0.0.1:8000/v1", "model": "big"}}},

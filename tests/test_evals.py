@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dream.config import Config
 from dream.engine import ScriptedEngine
-from dream.errors import CallRefused, DataError, EngineError
+from dream.errors import CallRefused, DataError
 from dream.judge.question import Question
 from dream.records import EvalPair, Message, Side, Verdict, user
 from dream.scenarios import eval_pairs
@@ -176,11 +176,11 @@ def test_pair_that_the_engine_refuses_is_named(run: Callable) -> None:
     class Refusing(ScriptedEngine):
         async def score(self, messages: Sequence[Message], replies: Sequence[str]) -> list[list[float]]:
             if messages[0]["content"].startswith("flawed"):
-                raise CallRefused("an engine refused a call: ValueError: too long")
+                raise CallRefused("the engine refused a call: too long")
             return await super().score(messages, replies)
 
     pairs = joined([eval_row("a", "clear"), eval_row("a", "flawed")])
-    with pytest.raises(EngineError, match=r"^pair 'a', flawed: .*too long.*engine\.max_model_len$"):
+    with pytest.raises(DataError, match=r"^pair 'a', flawed: .*too long.*engine\.max_model_len$"):
         run(crossed_logps(Refusing(lambda messages, number: ""), pairs))
 
 

@@ -600,7 +600,7 @@ def faulty(deaths: Path, how: str) -> Callable[[], Any]:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if how == "hangs":
                     await asyncio.sleep(3600)
-                raise ValueError("prompt too long")
+                raise ValueError("no such dial")
             return [Completion(messages[-1]["content"], 1, "stop")]
 
         async def stats(self) -> EngineStats:
@@ -632,10 +632,10 @@ def test_lost_actor_is_replaced(tmp_path: Path, how: str, why: str, caplog: pyte
     assert re.search(rf"engine lost \(({why})\); starting it again", caplog.text)
 
 
-def test_call_that_an_engine_refuses_is_one_line(tmp_path: Path) -> None:
+def test_call_that_an_engine_fails_at_is_one_line(tmp_path: Path) -> None:
     """An error of the engine's that is no death ends the run with a message of ours, not with Ray's traceback."""
-    with pytest.raises(EngineError, match=r"^an engine refused a call: ValueError: prompt too long$"):
-        answers(tmp_path, "refuses")
+    with pytest.raises(EngineError, match=r"^an engine failed at a call: ValueError: no such dial$"):
+        answers(tmp_path, "fails")
 
 
 @pytest.fixture

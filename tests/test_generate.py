@@ -15,7 +15,7 @@ from dream.config import Config
 from dream.demand import Demand
 from dream.diversity import Diversity
 from dream.engine import Completion, Engine, Sampling, ScriptedEngine
-from dream.errors import DataError, EngineError
+from dream.errors import CallRefused, DataError, EngineError
 from dream.generate import Progress, RoundDreamer
 from dream.judge.combined import Judge
 from dream.records import SIDES, ContrastPair, Dropped, Message, PreferencePair, Reply, Scenario, Verdict
@@ -640,6 +640,22 @@ def test_steering_never_reaches_the_pairs(dream, config, script) -> None:
         assert not any(aim in text for text in texts for aim in aims)
 
 
+def test_call_that_the_engine_refuses_costs_its_scenario(dream, config, script) -> None:
+    """As one whose prompt is too long for the engine: the scenario ends with that reason, and the round goes on."""
+
+    def picky(messages: Sequence[Message], number: int) -> str:
+        if "5" in messages[-1]["content"]:
+            raise CallRefused("the engine refused a call: too long")
+        return script(messages, number)
+
+    found = dream(config(pairs=4), ScriptedEngine(picky))
+    assert len(found.pairs) == 4
+    refused = [row for row in found.dropped if row.reason == "engine_refused"]
+    assert refused
+    assert {(row.stage, row.detail) for row in refused} == {("engine", "the engine refused a call: too long")}
+    check_every_scenario_ended_once(found)
+
+
 @pytest.fixture
 def stuck_template(tmp_path: Path, template_text) -> Template:
     """A template that the scripted engine cannot comply with."""
@@ -660,6 +676,20 @@ def test_template_that_never_passes_does_not_stop_the_others(
     assert 0 < tried["stuck"] < 30
     assert {row.reason for row in found.dropped if row.template == "stuck"} <= {"no_comply_on_clear", "surplus"}
     check_every_scenario_ended_once(found)
+
+
+def test_general_template_that_never_passes_does_not_stop_the_pairs(
+    dream, config, tmp_path: Path, tiny_templates, template_text
+) -> None:
+    """General pairs have scenarios of their own to use up, and fall behind as a template does."""
+    path = tmp_path / "hopeless.j2"
+    path.write_text(template_text("hopeless", "none").replace("label", "poster"))
+    found = dream(config(pairs=6, max_scenarios_per_pair=4), templates=[*tiny_templates[:2], load(path)])
+    assert (len(found.pairs), found.general) == (6, [])
+    general = [one for one in found.scenarios if one.template == "hopeless"]
+    assert len(general) == 4 * 4  # a share of 25 % of the rows is four of sixteen
+    contrast = [place for place, one in enumerate(found.scenarios) if one.template != "hopeless"]
+    assert contrast[5] < len(found.scenarios) // 2
 
 
 def test_demand_is_the_same_after_a_kill(dream, config, twin_templates, stuck_template) -> None:
@@ -711,6 +741,51 @@ def test_dreamer_words_both_directions(dream, config, script) -> None:
     assert all("Please make a label" in row.prompt[0]["content"] for row in found.rows)
     assert "dreamer_unreadable" in {row.reason for row in found.dropped}
     check_every_scenario_ended_once(found)
+
+
+def test_scenario_that_the_dreamer_words_anew_is_not_dreamed_again(dream, config, script, narrow_template) -> None:
+    """What a scenario is about is told by the template: other words for the same draw make no other scenario."""
+    voices = itertools.cycle(["Be so kind as to make", "I would like to have from you today", "What we need now is"])
+
+    def writer(messages: Sequence[Message], number: int) -> str:
+        text = messages[-1]["content"]
+        if "SOUND: ..." not in text:
+            return script(messages, number)
+        clear, flawed = re.findall(r"^(?:Sound|Flawed): Write (.*)$", text, re.MULTILINE)
+        return f"SOUND: {next(voices)} {clear}\nFLAWED: {next(voices)} {flawed}"
+
+    settings = config(pairs=60, dreamer="write", general_share=0, max_scenarios_per_pair=1)
+    found = dream(settings, ScriptedEngine(writer), templates=[narrow_template(False)])
+    kept = {row.pair_id for row in found.rows}
+    drawn = [tuple(sorted(one.slots.items())) for one in found.scenarios if one.scenario_id in kept]
+    assert len(set(drawn)) == len(drawn)
+    assert "near_duplicate" in {row.reason for row in found.dropped}
+
+
+@pytest.mark.parametrize(
+    ("line", "direction"),
+    [("**SOUND:** {}", "{}"), ("**SOUND: {}**", "{}"), ('SOUND: "{}"', "{}"), ("- `SOUND`: `{}`", "{}")],
+)
+def test_dreamers_markdown_is_not_part_of_the_direction(tiny_templates, line: str, direction: str) -> None:
+    """Chat models put labels in bold and sentences in quotation marks."""
+    scenario = draw(tiny_templates[0], 1, "r1-000001")
+    said = {side: scenario.side(side).direction.replace("Write", "Make") for side in SIDES}
+    answer = f"{line.format(said['clear'])}\n{line.replace('SOUND', 'FLAWED').format(said['flawed'])}"
+    found = asyncio.run(written(ScriptedEngine(lambda messages, number: answer), scenario))
+    assert found is not None
+    assert {side: found.side(side).direction for side in SIDES} == said
+
+
+def test_dreamers_answer_that_was_cut_off_is_not_used(tiny_templates: list[Template]) -> None:
+    """Its last direction lacks its end."""
+    scenario = draw(tiny_templates[0], 1, "r1-000001")
+    clear, flawed = (scenario.side(side).direction.replace("Write", "Make") for side in SIDES)
+
+    class Short(ScriptedEngine):
+        async def generate(self, messages: Sequence[Message], sampling: Sampling) -> list[Completion]:
+            return [Completion(f"SOUND: {clear}\nFLAWED: {flawed}", 256, "length")]
+
+    assert asyncio.run(written(Short(lambda messages, number: ""), scenario)) is None
 
 
 def test_dreamer_must_keep_what_the_direction_names(tiny_templates: list[Template]) -> None:

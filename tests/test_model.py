@@ -16,6 +16,7 @@ import pytest
 from dream import models
 from dream.config import Config, parse, resolved
 from dream.engine import Engine, Sampling, mean
+from dream.errors import CallRefused
 from dream.pool import EnginePool, vllm_pool
 from dream.records import user
 from dream.vllm_engine import WorkerExtension
@@ -59,8 +60,9 @@ async def scores(engine: Engine, replies: list[str]) -> list[float]:
 def test_engine_scores_reloads_and_survives(
     use: Callable[[Callable[[EnginePool], Awaitable[None]]], None], tmp_path: Path
 ) -> None:
-    """One engine, four promises: cached scores equal fresh ones, long prompts in a full batch do not kill it, other
-    weights are served and the old ones come back exactly, and a killed engine is started again with its weights."""
+    """One engine, five promises: cached scores equal fresh ones, long prompts in a full batch do not kill it, one that
+    is too long is refused, other weights are served and the old ones come back exactly, and a killed engine is started
+    again with its weights."""
     changed, wanted = other_weights(tmp_path / "changed")
 
     async def work(pool: EnginePool) -> None:
@@ -71,6 +73,9 @@ def test_engine_scores_reloads_and_survives(
         long = [user("word " * 600 + str(number)) for number in range(8)]  # prefilled in chunks
         answers = await asyncio.gather(*(pool.generate([one], Sampling(1, 8)) for one in long))
         assert [len(answer) for answer in answers] == [1] * 8
+
+        with pytest.raises(CallRefused, match="refused a call"):
+            await pool.generate([user("word " * 3000)], Sampling(1, 8))
 
         await pool.load_weights(changed)
         moved = await scores(pool, REPLIES)

@@ -667,12 +667,23 @@ def test_data_files_of_two_runs_get_ids_of_their_own(tmp_path: Path, make_pair) 
 
 
 def test_two_pairs_of_one_id_in_a_file_are_refused(tmp_path: Path, make_pair) -> None:
-    """Files of two runs in one, in which the sides of different scenarios would be compared."""
+    """Files of two runs in one, in whatever order, in which the sides of different scenarios would be compared."""
     data = tmp_path / "all.jsonl"
-    pairs = [make_pair("r1-1", "one"), make_pair("r1-1", "two")]
-    data.write_text("".join(row.model_dump_json() + "\n" for pair in pairs for row in (pair.clear, pair.flawed)))
-    with pytest.raises(DataError, match=r"2 contrast pairs are called 'r1-1'; give files of several runs one by one"):
-        read_contrast_pairs(data)
+    pairs = [make_pair("r1-1", "one"), make_pair("r1-1", "two"), make_pair("r1-2")]
+    for rows in ([row for pair in pairs for row in (pair.clear, pair.flawed)],
+                 [*(pair.clear for pair in pairs), *(pair.flawed for pair in pairs)]):  # fmt: skip
+        data.write_text("".join(row.model_dump_json() + "\n" for row in rows))
+        with pytest.raises(DataError, match=r"2 clear rows are called 'r1-1'; give files of several runs one by one"):
+            read_contrast_pairs(data)
+
+
+def test_rows_without_their_other_side_are_said(tmp_path: Path, make_pair, caplog: pytest.LogCaptureFixture) -> None:
+    """Half a pair is not trained on, and not passed over in silence."""
+    data = tmp_path / "all.jsonl"
+    whole, half = make_pair("r1-1"), make_pair("r1-2")
+    data.write_text("".join(row.model_dump_json() + "\n" for row in (whole.clear, half.clear, whole.flawed)))
+    assert [pair.clear.pair_id for pair in read_contrast_pairs(data)] == ["r1-1"]
+    assert "all.jsonl: 1 rows without their pair's other side are left out" in caplog.text
 
 
 @pytest.mark.parametrize("weight", [None, "sure", 0, 1.5])

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, get_args
 
 from dream import prompts
 from dream.config import Config
-from dream.engine import Engine, Sampling
-from dream.errors import DataError
+from dream.engine import Completion, Engine, Sampling
+from dream.errors import CallRefused, DataError
 from dream.inputs import read_user_rows
 from dream.judge.combined import Judge
 from dream.judge.question import Question
@@ -88,11 +88,24 @@ async def behaviour(engine: Engine, judge: Judge, held: Sequence[Template], conf
 
 
 async def sample(engine: Engine, judge: Judge, asked: Sequence[Asked], config: Config) -> list[Sampled]:
-    """One reply to each prompt, sampled as the loop samples, and ruled on."""
+    """One reply to each prompt, sampled as the loop samples, and ruled on.
+
+    Raises:
+        DataError: the engine does not answer a prompt, as of one that is too long.
+    """
     generate = config.generate
     sampling = Sampling(1, generate.max_tokens, generate.temperature, generate.top_p, generate.min_p)
-    answers = await asyncio.gather(*(engine.generate(one.prompt, sampling) for one in asked))
-    replies = [completions[0] for completions in answers]
+
+    async def reply_to(prompt: Sequence[Message]) -> Completion:
+        try:
+            return (await engine.generate(prompt, sampling))[0]
+        except CallRefused as error:
+            begins = prompt[0]["content"][:60]
+            raise DataError(
+                f"an evaluation prompt that begins {begins!r}: {error}; shorten it, or raise engine.max_model_len"
+            ) from error
+
+    replies = await asyncio.gather(*(reply_to(one.prompt) for one in asked))
     questions = [replace(one.question, reply=reply.text) for one, reply in zip(asked, replies, strict=True)]
     rulings = await ruled(judge, questions)
     return [Sampled(ruling, reply.text, reply.tokens) for ruling, reply in zip(rulings, replies, strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from dream.config import Config
 from dream.engine import Engine, mean
-from dream.errors import CallRefused, DataError, EngineError
+from dream.errors import CallRefused, DataError
 from dream.inputs import read_user_rows
 from dream.judge.combined import Judge
 from dream.judge.question import Question
@@ -125,7 +125,7 @@ async def crossed_logps(engine: Engine, pairs: Sequence[Pair]) -> np.ndarray:
         try:
             return [mean(values) for values in await engine.score(prompt.prompt, replies)]
         except CallRefused as error:
-            raise EngineError(
+            raise DataError(
                 f"pair {prompt.pair_id!r}, {prompt.side}: {error}; if it is too long, shorten it or raise "
                 "engine.max_model_len"
             ) from error
