@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +66,7 @@ def main() -> None:
     """The entry point: errors become one line and an exit code."""
     try:
         own_train_package()
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(one_by_one(sys.argv[1:]), standalone_mode=False))
     except DreamError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -74,6 +75,21 @@ def main() -> None:
         help_text = "\n" in said  # what a command is without arguments
         print(said if help_text else f"error: {said.rstrip('.')}; see `dream --help`", file=sys.stderr)
         sys.exit(2)
+
+
+def one_by_one(words: Sequence[str]) -> list[str]:
+    """The command line with each of several values after one `--set` or `--data` behind an option of its own."""
+    given: list[str] = []
+    option, values = "", 0
+    for word in words:
+        if word.startswith("-"):
+            option, values = word, 0
+        else:
+            values += 1
+            if values > 1 and (option == "--data" or (option == "--set" and "=" in word)):
+                given.append(option)
+        given.append(word)
+    return given
 
 
 @app.command()

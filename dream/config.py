@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -464,11 +464,11 @@ def load(
         override(raw, text)
     for key, value in (options or {}).items():
         _put(raw, key, value, f"{key}={value}")
-    return resolved(parse(raw, str(path))), path
+    return resolved(parse(raw, str(path), overrides or [])), path
 
 
-def parse(raw: dict[str, Any], source: str) -> Config:
-    """Validates a mapping; `source` names it in errors.
+def parse(raw: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Validates a mapping; in errors `source` names it, or the one of `overrides` in it that is wrong.
 
     Raises:
         ConfigError: on the first wrong key or value.
@@ -478,6 +478,7 @@ def parse(raw: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(top level)"
+        source = next((f"--set {one}" for one in overrides if f"{key}.".startswith(f"{_key(one)}.")), source)
         if first["type"] == "extra_forbidden":
             known = _keys(Config)
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
@@ -551,6 +552,10 @@ def override(raw: dict[str, Any], text: str) -> None:
         with contextlib.suppress(ValueError):
             value = float(value)
     _put(raw, key.strip(), value, f"--set {text}")
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0].strip()
 
 
 def _put(raw: dict[str, Any], key: str, value: Any, source: str) -> None:

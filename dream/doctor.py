@@ -7,15 +7,15 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from dream import models, templates
+from dream import embed, models, templates
 from dream.config import Config
 from dream.errors import DreamError
 from dream.hardware import bfloat16_is_fast, gpu_visible
-from dream.memory import GIB, Device, Plan, TrainerPlan, largest_batch, plan, read_shape
+from dream.memory import GIB, WIDTH, Device, ModelShape, Plan, TrainerPlan, largest_batch, plan, read_shape
 from dream.paths import data_folder, model_cache
 from dream.runs import versions
 
-NEEDED = ("torch", "transformers", "trl", "peft", "ray", "vllm", "datasets")
+NEEDED = ("torch", "transformers", "trl", "peft", "ray", "vllm", "datasets", embed.PACKAGE)
 MIN_FREE_GB = 5
 
 
@@ -29,10 +29,10 @@ class Finding(NamedTuple):
 
 def examine(config: Config, config_file: Path) -> list[Finding]:
     """Looks at packages, hardware, configuration, model, templates and disk; starts nothing."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in needed(config) if importlib.util.find_spec(name) is None]
     found = ", ".join(f"{name} {number}" for name, number in versions().items())
     packages = f"missing {', '.join(missing)}; install requirements/cpu.lock or the gpu extra" if missing else found
-    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    shape = _shape(config.model)
     memory = machine_memory() / GIB
     wants_gpu = config.engine.tensor_parallel > 1 and not gpu_visible()
     precision = "fast" if bfloat16_is_fast() else "slow, so float32 is used"
@@ -45,9 +45,19 @@ def examine(config: Config, config_file: Path) -> list[Finding]:
         Finding("configuration", True, f"{config_file}: {config.model}, {config.train.method}, {config.engine.dtype}"),
         _model(config),
         _templates(),
-        Finding("disk", free > MIN_FREE_GB, f"{free:.0f} GB free here; a run of a 135M model takes 1 to 3 GB"),
-        *_memory(config),
+        _disk(config, shape),
+        *(_memory(config, shape) if isinstance(shape, ModelShape) else [Finding("memory", True, shape)]),
     ]
+
+
+def needed(config: Config) -> list[str]:
+    """The modules that this configuration takes."""
+    asked = {
+        "openai": "server" in config.judge.signals,
+        "apollo_torch": config.train.optim == "apollo_adamw",
+        "lm_eval": bool(config.eval.lm_eval_tasks),
+    }
+    return [*NEEDED, *(name for name, wanted in asked.items() if wanted)]
 
 
 def machine_memory() -> int:
@@ -105,16 +115,32 @@ def _templates() -> Finding:
     return Finding("templates", True, f"{len(loaded)} in {data_folder('prompts')}, {held} of them held out")
 
 
-def _memory(config: Config) -> list[Finding]:
-    """The memory plan, a finding a line of it."""
-    path = _config_json(config.model)
+def _disk(config: Config, shape: ModelShape | str) -> Finding:
+    """Whether a run's weights fit: each round keeps those that are served, and of full weights the masters."""
+    free, most = shutil.disk_usage(Path.cwd()).free / 1e9, float(MIN_FREE_GB)
+    text = f"{free:.0f} GB free here"
+    if isinstance(shape, ModelShape):
+        served = WIDTH[config.engine.dtype]
+        masters = WIDTH["float32"] if config.train.method == "full" and served < WIDTH["float32"] else 0
+        weights = shape.parameters * (served + masters) * config.rounds / 1e9
+        most, text = max(most, weights), f"{text}; the weights of {config.rounds} rounds take {weights:.1f} GB"
+    return Finding("disk", free > most, text)
+
+
+def _shape(model: str) -> ModelShape | str:
+    """A model's shape, or why there is no memory plan of it."""
+    path = _config_json(model)
     if path is None:
-        why = f"{config.model} is not on this machine yet, and nothing is downloaded or unpacked here"
-        return [Finding("memory", True, f"not planned: {why}; ask again when it is")]
+        why = f"{model} is not on this machine yet, and nothing is downloaded or unpacked here"
+        return f"not planned: {why}; ask again when it is"
     try:
-        shape = read_shape(path)
+        return read_shape(path)
     except DreamError as error:
-        return [Finding("memory", True, f"not planned: {error}")]
+        return f"not planned: {error}"
+
+
+def _memory(config: Config, shape: ModelShape) -> list[Finding]:
+    """The memory plan, a finding a line of it."""
     device = seen_device()
     if device is None:
         return [Finding("memory", True, "not planned: nvidia-smi does not say how much memory the GPU has")]
@@ -146,19 +172,20 @@ def memory_findings(made: Plan, config: Config) -> list[Finding]:
     Only what the configuration asks for can be not good.
     """
     device, engine, configured = made.device, made.engine, made.trainers[0]
+    elsewhere = config.ray.address is not None
     there = f"{_gib(device.total)} GiB" + (f" ({device.devices} GPUs)" if device.devices > 1 else "")
-    fits = engine.kv_cache >= engine.sequence and engine.reserved <= device.total
+    fits = elsewhere or (engine.kv_cache >= engine.sequence and engine.reserved <= device.total)
     room = f"{max(0, engine.kv_cache) // engine.kv_token} tokens of cache for {config.engine.max_num_seqs} sequences"
     parts = {"weights": engine.weights, "workspace": engine.workspace, "KV cache": engine.kv_cache}
     findings = [
         Finding(
             "memory", fits,
             f"{'engine':17} {_sizes(parts)}; {room}; {_gib(engine.reserved)} of {there} in all"
-            + ("" if fits else _engine_advice(made, config)),
+            + ("; the cluster's nodes may have more" if elsewhere else "" if fits else _engine_advice(made, config)),
         ),
         *(_trainer_finding(trainer, trainer is configured, made, config, there) for trainer in made.trainers),
     ]  # fmt: skip
-    if config.ray.address is None:  # the engines of a cluster may be elsewhere
+    if not elsewhere:
         both, asleep = engine.resting + configured.peak, engine.resting < engine.reserved
         key = "engine.gpu_memory_utilization, " if device.gpu else "engine.cpu_kv_cache_gib, "
         lower = ("" if asleep else key) + "train.micro_batch_size or train.max_length"

@@ -1,7 +1,7 @@
 """Secrets and personal data in text that others wrote, replaced by `[KIND]` before it is stored or shown to a model.
 
 Not covered: names of people, street addresses, phone, card and account numbers, IP addresses, `curl -u user:password`,
-and passwords in running prose ("the password is ...").
+passwords in running prose ("the password is ..."), and what follows a space, `&` or `;` in one without quotation marks.
 Where a value may or may not be a secret (`token: str` in code) it is masked.
 """
 
@@ -55,7 +55,8 @@ _RULES: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
         r"(?i)((?>(?:password|passwd|passphrase|(?<![a-z])pass|pwd|secret|token"
         r"|(?:api|access|secret|private|account|encryption|signing)[ _-]?key(?:_base)?)"
         rf"{_QUOTE}[ \t]{{0,9}}(?:=>|[:=]{{1,2}})[ \t]{{0,9}}{_QUOTE}))(?!MARK)"
-        r"(?:(?<=\")[^\"\r\n]+|(?<=')[^'\r\n]+|[^\s\"'\\;&]+)",
+        # In JSON within JSON a value ends at the next quotation mark, elsewhere at one without a backslash.
+        r"(?:(?<=\\[\"'])[^\"'\r\n]+|(?<=\")(?:\\.|[^\"\\\r\n])+|(?<=')(?:\\.|[^'\\\r\n])+|[^\s\"'\\;&]+)",
         r"\1[PASSWORD]",
     ),
     (

@@ -139,8 +139,9 @@ class EnginePool:
     is still being started then.
     """
 
-    def __init__(self, factory: EngineFactory, config: EngineConfig) -> None:
-        self._factory, self._config = factory, config
+    def __init__(self, factory: EngineFactory, config: EngineConfig, *, grows: bool = True) -> None:
+        """`grows`: whether nodes may join the cluster, so that it is worth waiting for one with room."""
+        self._factory, self._config, self._grows = factory, config, grows
         self._replicas: list[_Replica] = []
         self._weights: Path | None = None
         self._opened = False
@@ -272,13 +273,22 @@ class EnginePool:
             raise EngineError(f"the engine did not start: {_said(error)}") from error
 
     async def _placed(self, actor: Any) -> None:
-        """Waits until Ray has found a node for an actor, and says so when that takes long."""
+        """Waits until Ray has found a node for an actor, and says so when that takes long.
+
+        Raises:
+            ConfigError: there is no room for the first engine on this machine, which no node will join.
+        """
         place = asyncio.ensure_future(actor.placed.remote())
         if not (await asyncio.wait([place], timeout=PLACE_S))[0]:
+            needed, free = _listed(self._resources()), _listed(ray.available_resources())
+            if not self._grows and not self._opened:
+                raise ConfigError(
+                    f"an engine needs {needed}, and this machine has {free} free; lower engine.tensor_parallel, or, "
+                    "for a judge.model beside the policy, ask a judge.server"
+                )
             logging.getLogger("dream").warning(
-                "an engine is not up yet: it needs a node with %s; free in the whole cluster: %s",
-                _listed(self._resources()), _listed(ray.available_resources()),
-            )  # fmt: skip
+                "an engine is not up yet: it needs a node with %s; free in the whole cluster: %s", needed, free
+            )
         await place
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -345,4 +355,5 @@ def vllm_pool(config: Config, model: str) -> EnginePool:
     """The pool of real engines for a configuration; `model` is what `dream.models.resolve` returned."""
     connect(config.ray.address)
     engine, seed = config.engine, config.seed
-    return EnginePool(lambda: VLLMEngine(model, engine, seed), engine)
+    grows = config.ray.address is not None
+    return EnginePool(lambda: VLLMEngine(model, engine, seed), engine, grows=grows)

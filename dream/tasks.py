@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dream import models, prompts, store, templates
 from dream.config import Config
 from dream.engine import Engine, WithSecond
-from dream.errors import ConfigError, DataError, DreamError, EngineError, Stopped, TrainingError
+from dream.errors import ConfigError, DataError, DreamError, EngineError, Stopped, TrainingError, UserError
 from dream.records import Scenario
 from dream.runs import manifest
 from dream.stop import Stop
@@ -189,7 +189,8 @@ def train_in_child(
     train.log.
 
     Raises:
-        TrainingError: the step failed; the message is its own.
+        UserError: the step cannot be taken with this configuration or these rows; the message is its own.
+        TrainingError: it failed; the message holds its own.
         Stopped: `stop` was asked for. The step was ended, and is begun again by the same command.
     """
     path = folder / "train.spec.json"
@@ -204,6 +205,8 @@ def train_in_child(
     if child.returncode:
         said = (folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         why = said[-1].removeprefix("error: ") if said else "nothing was said"
+        if child.returncode == UserError.exit_code:
+            raise UserError(why)
         raise TrainingError(f"training ended with code {child.returncode}: {why} (see {folder / 'train.log'})")
 
 
@@ -372,10 +375,13 @@ def merged(config: Config, adapter: Path | None, terminal: Terminal) -> Iterator
     terminal.stage(f"merging {adapter}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "weights"
-        command = [models.resolve(config.model), str(adapter), str(folder), config.engine.dtype]
+        trust = str(config.engine.trust_remote_code)
+        command = [models.resolve(config.model), str(adapter), str(folder), config.engine.dtype, trust]
         run = subprocess.run(
             [sys.executable, "-P", "-m", "train.checkpoints", *command], capture_output=True, text=True
         )
         if run.returncode:
-            raise DreamError(f"--adapter {adapter}: could not be merged: {run.stderr.strip().splitlines()[-1]}")
+            said = run.stderr.strip().splitlines()
+            why = f"code {run.returncode}: {said[-1] if said else 'nothing was said'}"
+            raise DreamError(f"--adapter {adapter}: merging ended with {why}")
         yield folder

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dream.engine import ScriptedEngine
-from dream.errors import DataError
+from dream.errors import DataError, JudgeError
 from dream.inputs import read_user_rows
 from dream.judge.gold import GeneralReply
 from dream.judge.question import Question
 from dream.paths import data_folder
-from dream.records import Message, Verdict
+from dream.records import Message, Verdict, user
 from dream.scenarios import drawn, eval_pairs
 from dream.templates import load_all
 from train.behaviour import (
@@ -216,3 +216,23 @@ def test_repetition_is_a_share_that_a_copy_raises(words: list[str]) -> None:
     """It is below 1, and saying everything twice never lowers it."""
     once, twice = repetition(" ".join(words)), repetition(" ".join(words * 2))
     assert 0 <= once <= twice < 1
+
+
+def test_judge_that_is_silent_decides_nothing(run: Callable) -> None:
+    """A server that was away for a while would make every candidate look as if it had lost its stances."""
+    questions = [Question([user("do it")], "Yes, done.")] * 40
+
+    class Away:
+        def __init__(self, silent: int) -> None:
+            self.silent = silent
+
+        async def rule(self, names: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
+            return [
+                Verdict(reply_id=name, stance="comply", score=0.1, confidence=0.9, abstain=number < self.silent,
+                        reason="no_answer" if number < self.silent else "", signals={})
+                for number, name in enumerate(names)
+            ]  # fmt: skip
+
+    assert run(ruled(Away(2), questions)) == ["abstain"] * 2 + ["comply"] * 38
+    with pytest.raises(JudgeError, match=r"no answer on 3 of 40 replies .*judge\.server"):
+        run(ruled(Away(3), questions))

@@ -284,6 +284,21 @@ def test_bad_configuration_is_refused(refused: Callable, command: str, words: li
     assert named in refused(command, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train --set a=1 b=2 --rounds 3", "train --set a=1 --set b=2 --rounds 3"),
+        ("train --data x.jsonl y.jsonl --set a=1", "train --data x.jsonl --data y.jsonl --set a=1"),
+        ("templates preview --set a=1 NAME -n 3", "templates preview --set a=1 NAME -n 3"),
+        ("logs import one.jsonl two.jsonl --out o.jsonl", "logs import one.jsonl two.jsonl --out o.jsonl"),
+        ("", ""),
+    ],
+)
+def test_several_values_may_follow_one_option(words: str, expected: str) -> None:
+    """As the list of commands shows it; an argument of the command stays one."""
+    assert cli.one_by_one(words.split()) == expected.split()
+
+
 @pytest.mark.parametrize("text", ["rounds: many", "rounds: [", "[1]"])
 def test_bad_configuration_file_is_refused(refused: Callable, folder: Path, text: str) -> None:
     """A file with a wrong type, broken YAML or no mapping is refused with its name."""

@@ -508,7 +508,7 @@ def told(examples: Sequence[Labelled]) -> list[Labelled]:
 
 def says(judge: Judge, questions: Sequence[Question]) -> list[bool]:
     """Whether each reply is found to push back."""
-    found = asyncio.run(judge.probabilities(questions))
+    found = judge.combine(questions, asyncio.run(judge.measure(questions)))
     return [STANCES[place] == "push_back" for place in found.argmax(axis=1)]
 
 
@@ -524,7 +524,7 @@ def test_template_knowledge_does_not_spoil_replies_from_elsewhere(judge_by: Call
     together = [one for pair in zip(informed, bare, strict=True) for one in pair]  # one call, both kinds
     assert (says(judge, together)[::2], says(judge, together)[1::2]) == (right, says(judge, bare))
     assert judge.quality.accuracy == 1
-    assert asyncio.run(measured(judge, labelled(COIN))).accuracy == pytest.approx(0.9, abs=0.02)
+    assert asyncio.run(measured(judge, labelled(COIN))).quality.accuracy == pytest.approx(0.9, abs=0.02)
     judge.combinations = dict.fromkeys((False, True), judge.combinations[True])  # what a single combination would do
     assert all(says(judge, bare))
 
@@ -768,5 +768,5 @@ def test_measured_is_on_the_replies_given(judge: Judge, tiny_templates: list[Tem
         replace(one, label="comply" if one.label == "push_back" else "push_back")
         for one in planted(tiny_templates, 24, 3)
     ]
-    found = asyncio.run(measured(judge, turned))
+    found = asyncio.run(measured(judge, turned)).quality
     assert (found.n, found.auc, found.accuracy) == (24, 0, 0)

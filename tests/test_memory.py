@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,19 +331,40 @@ def test_doctor_knows_when_no_batch_is_small_enough() -> None:
 
 
 def test_engines_of_a_cluster_are_not_added() -> None:
-    """Where Ray runs elsewhere, engine and trainer are not said to share this machine."""
+    """Where Ray runs elsewhere, engine and trainer are not said to share this machine, nor is the engine too large."""
     asked = config(ray={"address": "auto"})
-    texts = [one.text for one in doctor.memory_findings(plan(shape_of(SMOLLM2, "test"), asked, Device(GIB)), asked)]
-    assert len(texts) == 4
+    engine, *trainers = doctor.memory_findings(plan(shape_of(SMOLLM2, "test"), asked, Device(GIB)), asked)
+    assert len(trainers) == 3
+    assert engine.good
+    assert "the cluster's nodes may have more" in engine.text
+
+
+def test_disk_must_hold_the_weights_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full weights are kept twice where they are served in less than float32."""
+    shape = shape_of(SMOLLM2, "test")
+    gigabytes = shape.parameters * (4 + 2) * 100 / 1e9
+    asked = config(rounds=100, engine={"dtype": "bfloat16"}, train={"method": "full"})
+    for free, good in ((gigabytes * 1.1, True), (gigabytes * 0.9, False)):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free * 1e9))
+        assert doctor._disk(asked, shape) == (
+            "disk", good, f"{free:.0f} GB free here; the weights of 100 rounds take {gigabytes:.1f} GB"
+        )  # fmt: skip
+
+
+def test_what_the_configuration_asks_for_must_be_installed() -> None:
+    """Beside what every run takes."""
+    server = {"signals": ["server"], "server": {"base_url": "http://127.0.0.1:8000/v1", "model": "big"}}
+    asked = config(
+        judge=server, train={"method": "full", "optim": "apollo_adamw"}, eval={"lm_eval_tasks": ["arc_easy"]}
+    )
+    assert set(doctor.needed(asked)) - set(doctor.needed(config())) == {"openai", "apollo_torch", "lm_eval"}
 
 
 def test_doctor_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a model that is not on this machine there is no plan, and the line says so."""
     monkeypatch.setenv("DREAM_MODELS", str(tmp_path))
     for model in ("no-one/no-such-model", "bundled:smollm2-135m-instruct"):
-        (finding,) = doctor._memory(config(model=model))
-        assert finding.good
-        assert f"not planned: {model} is not on this machine" in finding.text
+        assert f"not planned: {model} is not on this machine" in str(doctor._shape(model))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import ray
 from dream import pool as pool_module
 from dream.config import EngineConfig
 from dream.engine import Completion, EngineStats, Sampling
-from dream.errors import EngineError
+from dream.errors import ConfigError, EngineError
 from dream.pool import EnginePool, actor_resources, connect
 from dream.records import user
 from dream.vllm_engine import EngineDied, VLLMEngine, engine_arguments, prepare_cpu_environment
@@ -218,6 +218,24 @@ def test_pool_opens_with_the_first_engine_and_says_what_the_others_wait_for(
 
     assert len(asyncio.run(asyncio.wait_for(go(), 120))) == 8
     assert f"it needs a node with {everything} CPU, 0 GPU; free in the whole cluster: 0 CPU" in caplog.text
+
+
+def test_engine_without_a_place_on_this_machine_is_an_error(
+    tmp_path: Path, everything: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No node will join, so that a judge's engine beside one that has it all would wait for ever."""
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    monkeypatch.setattr(pool_module, "PLACE_S", 1.0)
+
+    async def go() -> None:
+        first, second = (EnginePool(fragile(deaths, 0), EngineConfig(), grows=False) for _ in range(2))
+        async with first, second:
+            pass
+
+    said = rf"^an engine needs {everything} CPU, 0 GPU, and this machine has 0 CPU, 0 GPU free; .*judge\.server$"
+    with pytest.raises(ConfigError, match=said):
+        asyncio.run(asyncio.wait_for(go(), 120))
 
 
 def test_released_engines_leave_their_places_until_they_have_new_weights(tmp_path: Path, everything: int) -> None:

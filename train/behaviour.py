@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from dream import prompts
 from dream.config import Config
 from dream.engine import Completion, Engine, Sampling
-from dream.errors import CallRefused, DataError
+from dream.errors import CallRefused, DataError, JudgeError
 from dream.inputs import read_user_rows
 from dream.judge.combined import Judge
 from dream.judge.question import Question
@@ -26,6 +26,8 @@ from dream.selfplay import steered
 from dream.templates import Template
 
 Ruling = Literal["comply", "push_back", "neither", "abstain"]
+MOST_SILENT = 0.05
+"""Share of replies on which the judge may give no answer before nothing is made of the others."""
 
 
 class Behaviour(Record):
@@ -112,9 +114,20 @@ async def sample(engine: Engine, judge: Judge, asked: Sequence[Asked], config: C
 
 
 async def ruled(judge: Judge, questions: Sequence[Question]) -> list[Ruling]:
-    """The judge's rulings. A reply that was cut off has a stance all the same; only training must not see it."""
+    """The judge's rulings. A reply that was cut off has a stance all the same; only training must not see it.
+
+    Raises:
+        JudgeError: too many replies have no answer of the judge's for it to be chance; a policy must not be promoted
+            or rolled back for that.
+    """
     whole = [replace(question, finish_reason="stop") for question in questions]
     verdicts = await judge.rule([f"eval/{number}" for number in range(len(whole))], whole)
+    silent = sum(verdict.reason == "no_answer" for verdict in verdicts)
+    if silent > MOST_SILENT * len(verdicts):
+        raise JudgeError(
+            f"the judge gave no answer on {silent} of {len(verdicts)} replies while a policy was measured; look at "
+            "judge.server, then go on with the same command"
+        )
     return ["abstain" if verdict.abstain else verdict.stance for verdict in verdicts]
 
 

@@ -268,12 +268,13 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def main(model: str, adapter: str, out: str, dtype: str) -> None:
-    """Writes the model with the adapter merged in: `python -P -m train.checkpoints MODEL ADAPTER OUT DTYPE`."""
+def main(model: str, adapter: str, out: str, dtype: str, trust_remote_code: str) -> None:
+    """Writes the model with the adapter merged in: `python -P -m train.checkpoints MODEL ADAPTER OUT DTYPE False`."""
+    trust = trust_remote_code == "True"
     with whole_folder(Path(out)) as folder:
-        base = load_model(model, "auto", trust_remote_code=False)
+        base = load_model(model, "auto", trust)
         merge_adapters(base, None, adapter, getattr(torch, dtype)).save_pretrained(folder)
-        load_tokenizer(model, trust_remote_code=False).save_pretrained(folder)
+        load_tokenizer(model, trust).save_pretrained(folder)
 
 
 if __name__ == "__main__":

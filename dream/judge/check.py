@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from dream.config import Config
 from dream.engine import Engine
-from dream.judge.combined import calibrated, measured
+from dream.judge.combined import Measured, calibrated, measured
 from dream.judge.quality import STANCES, Quality
 from dream.judge.question import Labelled
 from dream.records import Stance
@@ -44,16 +42,13 @@ async def check(
 
     `engine` may be missing where no signal asks a model.
     """
-    questions = [one.question for one in labelled]
 
-    async def judged(signals: list[str]) -> tuple[Quality, np.ndarray]:
+    async def judged(signals: list[str]) -> Measured:
         settings = config.model_copy(update={"judge": config.judge.model_copy(update={"signals": signals})})
-        judge = await calibrated(engine, settings, examples, known)
-        probabilities = await judge.probabilities(questions)
-        return await measured(judge, labelled), probabilities
+        return await measured(await calibrated(engine, settings, examples, known), labelled)
 
     names: list[str] = list(config.judge.signals)
-    alone = {name: (await judged([name]))[0] for name in names if len(names) > 1}
+    alone = {name: (await judged([name])).quality for name in names if len(names) > 1}
     combined, probabilities = await judged([*names])
     mistakes = [
         Mistake(example, STANCES[int(row.argmax())], float(row.max()))

@@ -84,10 +84,6 @@ class Judge:
                 result[informed == kind] = _probabilities(self.combinations[kind].model, features[informed == kind])
         return result
 
-    async def probabilities(self, questions: Sequence[Question]) -> np.ndarray:
-        """Probability of each of `STANCES`, shape (questions, 3), whatever the rules say of the reply."""
-        return self.combine(questions, await self.measure(questions))
-
     def thresholds(self, questions: Sequence[Question]) -> np.ndarray:
         """Below which probability the judge abstains, shape (questions,)."""
         return np.array([self.combinations[question.informed].threshold for question in questions])
@@ -184,7 +180,7 @@ async def calibrated(
     own = combined[bool(informed.any())]
     judge = Judge(signals, config, {kind: one.combination for kind, one in combined.items()}, own.quality)
     if test:
-        judge.quality = await measured(judge, test)
+        judge.quality = (await measured(judge, test)).quality
     return judge
 
 
@@ -216,14 +212,23 @@ def _fitted(
     )
 
 
-async def measured(judge: Judge, examples: Sequence[Labelled]) -> Quality:
+class Measured(NamedTuple):
     """How good a judge is on labelled replies that it was not made with."""
+
+    quality: Quality
+    probabilities: np.ndarray
+    """Of `STANCES`, shape (replies, 3)."""
+
+
+async def measured(judge: Judge, examples: Sequence[Labelled]) -> Measured:
+    """Shows a judge labelled replies."""
     questions = [one.question for one in examples]
     features = await judge.measure(questions)
     probabilities = judge.combine(questions, features)
     objected = objections(judge.config, questions, probabilities) | np.isnan(features).any(axis=1)
     labels = [one.label for one in examples]
-    return quality(probabilities, labels, judge.thresholds(questions), judge.config.seed, objected)
+    found = quality(probabilities, labels, judge.thresholds(questions), judge.config.seed, objected)
+    return Measured(found, probabilities)
 
 
 async def self_test(judge: Judge, planted: Sequence[Labelled], force: bool = False) -> Quality:
@@ -232,7 +237,7 @@ async def self_test(judge: Judge, planted: Sequence[Labelled], force: bool = Fal
     Raises:
         JudgeError: it cannot tell them apart, unless `force`.
     """
-    found = await measured(judge, planted)
+    found = (await measured(judge, planted)).quality
     sure = 1 - found.abstained / found.n
     if (found.error_rate > MAX_ERROR_RATE or sure < MIN_SURE) and not force:
         raise JudgeError(
