@@ -27,7 +27,7 @@ from dream.engine import ScriptedEngine
 from dream.errors import EngineError
 from dream.judge import combined
 from dream.judge.gold import GeneralReply, GoldReply
-from dream.records import PreferencePair, Verdict, assistant, user
+from dream.records import SIDES, PreferencePair, Verdict, assistant, user
 from dream.scenarios import STANCES, draw
 from dream.store import Log, RunFolder, read_log, write_json
 from dream.templates import Template, load_all
@@ -437,6 +437,79 @@ def test_missing_file_is_refused(refused: Callable, model: str, command: str) ->
 def test_eval_needs_one_policy(refused: Callable, model: str, words: list[str], named: str) -> None:
     """`dream eval` takes a run or a model, an adapter only with a model, and only what is there."""
     assert named in refused("eval", *words)
+
+
+EVALUATED = {"pairs", "pair_accuracy", "pair_accuracy_ci", "ranked_accuracy", "own_pair_accuracy", "margin",
+             "margin_ci", "clear", "flawed"}  # fmt: skip
+"""What other programs read of `eval --json`, and of either side there: `SIDE`."""
+SIDE = {"accuracy", "margin", "stance_rates"}
+
+
+def test_eval_of_a_run(dream: Dream, small: tuple[str, ...], train_run, script, likelihood, monkeypatch) -> None:
+    """`eval --run` measures the weights that were promoted, on held-out scenarios, and writes the contract."""
+    engine = ScriptedEngine(script, likelihood)
+    serve(engine, monkeypatch)
+    run = train_run(0.3)
+    result = dream("eval", "--run", run, *small, "--set", "eval.heldout_pairs=5", "--json", "eval.json")
+    assert result.code == 0, result.err
+    assert engine.loaded == [run / "round_01" / "train" / "weights"]
+    written = json.loads(Path("eval.json").read_text())
+    assert set(written) >= EVALUATED
+    assert all(set(written[side]) >= SIDE for side in SIDES)
+    assert sum(written["clear"]["stance_rates"].values()) == pytest.approx(1)
+    assert written["pairs"] == 5
+
+
+@pytest.fixture
+def two_pairs(folder: Path) -> Path:
+    """A file of two evaluation pairs that a person wrote."""
+    path = folder / "mine.jsonl"
+    rows = [{"pair_id": pair_id, "side": side, "prompt": f"{side} a b", "comply": "a b c", "push_back": "d e"}
+            for pair_id in "pq" for side in SIDES]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_eval_of_a_model_on_pairs(dream: Dream, small: tuple[str, ...], two_pairs: Path, monkeypatch) -> None:
+    """`eval --model` measures the model as it came, with --pairs on the pairs of the file."""
+    engine = ScriptedEngine(lambda messages, number: "Come in and see 15 lamps!")
+    serve(engine, monkeypatch)
+    result = dream("eval", "--model", "./model", "--pairs", two_pairs, *small, "--json", "eval.json")
+    assert result.code == 0, result.err
+    assert engine.loaded == [None]
+    assert json.loads(Path("eval.json").read_text())["pairs"] == 2
+
+
+def test_eval_of_an_adapter(
+    dream: Dream, small: tuple[str, ...], two_pairs: Path, toy_model: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """`eval --model M --adapter A` serves the weights that training wrote beside the adapter."""
+    from safetensors.torch import load_file  # torch takes seconds to import
+    from toy import train_toy
+
+    from train import checkpoints
+
+    def here(command: Sequence[str], **_: Any) -> Any:
+        """Spares a process in which torch is imported once more."""
+        assert command[:4] == [sys.executable, "-P", "-m", "train.checkpoints"]
+        checkpoints.main(*command[4:])
+        return subprocess.CompletedProcess(command, 0)
+
+    class Keeping(ScriptedEngine):
+        async def load_weights(self, folder: Path | None) -> None:
+            self.served = load_file(folder / "model.safetensors")  # the folder is temporary
+
+    engine = Keeping(lambda messages, number: "Come in and see 15 lamps!")
+    serve(engine, monkeypatch)
+    monkeypatch.setattr(subprocess, "run", here)
+    train_toy(toy_model, tmp_path / "out")
+    command = ("eval", "--model", toy_model, "--adapter", tmp_path / "out" / "adapter", "--pairs", two_pairs, *small)
+    result = dream(*command, "--set", "engine.dtype=float32")
+    assert result.code == 0, result.err
+    trained = load_file(tmp_path / "out" / "weights" / "model.safetensors")
+    assert set(engine.served) == set(trained)
+    assert all(engine.served[name].equal(value) for name, value in trained.items())
+    assert any(not value.equal(trained[name]) for name, value in load_file(toy_model / "model.safetensors").items())
 
 
 @pytest.mark.parametrize("command", ["generate", "train"])

@@ -13,8 +13,9 @@ from dream.config import Config
 from dream.engine import ScriptedEngine
 from dream.errors import CallRefused, DataError
 from dream.judge.question import Question
-from dream.records import EvalPair, Message, Side, Verdict, user
+from dream.records import EvalPair, Message, Side, Stance, Verdict, user
 from dream.scenarios import eval_pairs
+from dream.templates import load
 from train.behaviour import Sampled
 from train.evals import (
     Evaluation,
@@ -209,16 +210,17 @@ def test_sampled_replies_are_judged(run: Callable, judge, settings_with) -> None
 
 
 class Listening:
-    """In place of a judge: takes every reply for a compliance and keeps the questions."""
+    """In place of a judge: rules by the question, of itself for compliance, and keeps the questions."""
 
-    def __init__(self) -> None:
+    def __init__(self, stance: Callable[[Question], Stance] = lambda question: "comply") -> None:
         self.questions: list[Question] = []
+        self.stance = stance
 
     async def rule(self, reply_ids: Sequence[str], questions: Sequence[Question]) -> list[Verdict]:
         self.questions += questions
         return [
-            Verdict(reply_id=reply_id, stance="comply", score=0.0, confidence=1.0, abstain=False)
-            for reply_id in reply_ids
+            Verdict(reply_id=reply_id, stance=self.stance(question), score=0.0, confidence=1.0, abstain=False)
+            for reply_id, question in zip(reply_ids, questions, strict=True)
         ]
 
 
@@ -267,6 +269,30 @@ def test_a_round_is_measured(run: Callable, engine, judge, tiny_templates, setti
     assert summary(evaluation)["margin"] == evaluation.heldout.margin
     assert summary(evaluation)["retention"] == evaluation.retained
     assert RoundEvaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
+
+
+def test_what_is_held_out_is_measured_on_held_out_templates(
+    run: Callable, tiny_templates, template_text, tmp_path: Path, settings_with
+) -> None:
+    """Unseen kinds and behaviour are those of held-out templates alone, fresh scenarios those of trained ones."""
+    path = tmp_path / "far.j2"
+    path.write_text(template_text("far", "missing_fact", "heldout", mirror=True).replace("stock list", "harbour list"))
+
+    def far(prompt: Sequence[Message]) -> bool:
+        return "harbour list" in prompt[0]["content"]
+
+    engine = ScriptedEngine(lambda messages, number: "Aye.", lambda messages, reply: -1.0 if far(messages) else -2.0)
+    judge = Listening(lambda question: "push_back" if far(question.prompt) else "comply")
+    sizes = {"heldout_pairs": 6, "fresh_pairs": 4, "sampled_scenarios": 2, "pressed_scenarios": 2, "lookalikes": 2,
+             "steered_scenarios": 1, "retention_questions": 0, "neutral_texts": 0}  # fmt: skip
+    trained = [template for template in tiny_templates if template.front.split == "train"]
+    measured = run(evaluate_round(engine, judge, [*trained, load(path)], settings_with(eval=sizes)))
+    assert measured.heldout.items["clear_chosen_logp"] == [-1.0] * 6
+    assert measured.fresh.items["clear_chosen_logp"] == [-2.0] * 4
+    assert (measured.heldout.clear.stance_rates["push_back"], measured.fresh.clear.stance_rates["comply"]) == (1, 1)
+    behaved = measured.behaviour
+    assert behaved.pressed == behaved.steered_comply == behaved.steered_push_back == ["push_back"] * 2
+    assert behaved.lookalikes == ["push_back", "comply"]  # a twin of a scenario, and one that people wrote
 
 
 @pytest.mark.parametrize(

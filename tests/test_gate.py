@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,45 @@ def test_each_harm_has_its_check_and_words(change_: dict[str, Any], name: str, w
 
 
 @pytest.mark.parametrize(
+    ("harm", "names", "key"),
+    [
+        ({"rise": -0.05}, ["heldout_margin", "fresh_margin"], "max_margin_drop"),
+        ({"shift": -0.4}, ["flawed_own_accuracy", "flawed_preference"], "max_stance_drop"),
+        ({"shift": 0.4}, ["clear_own_accuracy", "clear_preference"], "max_stance_drop"),
+        ({"clear": 0.5}, ["clear_right"], "max_stance_drop"),
+        ({"flawed": 0.5}, ["flawed_right"], "max_stance_drop"),
+        ({"pressed": 0.5}, ["pressed"], "max_pressure_drop"),
+        ({"refused": 0.4}, ["lookalikes"], "max_over_refusal"),
+        ({"obeyed": 0.5}, ["steered_comply", "steered_push_back"], "max_steering_drop"),
+        ({"retained": 0.5}, ["arithmetic", "facts", "format"], "max_retention_drop"),
+        ({"nll": 3.05}, ["neutral_nll"], "max_perplexity_growth"),
+        ({"tokens": 26}, ["reply_tokens"], "max_length_growth"),
+        ({"text": "the same old words and the same old words again"}, ["repetition"], "max_repetition_rise"),
+        ({"chosen": -0.2}, ["chosen_logp"], "max_chosen_logp_drop"),
+    ],
+)
+def test_each_check_has_its_own_allowance(harm: dict[str, Any], names: list[str], key: str) -> None:
+    """What fails, however sure, is let pass by the one key that allows so much of it, and by it nothing else is."""
+    generous = CONFIG.model_copy(update={key: getattr(CONFIG, key) + 0.6})
+    strictly, generously = (failed(decide(measured(), measured(**harm), config)) for config in (CONFIG, generous))
+    assert [name for name in strictly if name not in generously] == names
+
+
+def test_pair_accuracy_may_fall_as_far_as_is_allowed() -> None:
+    """Pairs that are wrong with the other side's replies now, at the same margin and as right with their own ones."""
+    before, after = by_likelihood([[[-0.1, -0.1], [0.1, 0.1]]] * 20, [[[-0.1, 0.1], [0.3, 0.1]]] * 20)
+    assert failed(decide(before, after, CONFIG)) == ["pair_accuracy"]
+    assert failed(decide(before, after, GateConfig(max_pair_accuracy_drop=0.5))) == []
+
+
+def test_a_sure_loss_may_be_small_enough() -> None:
+    """Five right answers fewer of 400 are no chance (p = 1/32), and less than is allowed."""
+    items = Items([1.0] * 400, [0.0] * 5 + [1.0] * 395)
+    assert no_loss("x", items, 0.02, "lost", SURE).passed
+    assert not no_loss("x", items, 0.01, "lost", SURE).passed
+
+
+@pytest.mark.parametrize(
     "change_",
     [
         {"nll": 3.0 + math.log(1.02) - 1e-6},
@@ -491,7 +531,14 @@ def test_items_that_did_not_change_do_not_count(pairs: list[tuple[bool, bool]], 
 
 @pytest.mark.parametrize(
     ("after", "stderr", "passed"),
-    [(0.5, 0.001, True), (0.6, 0.001, True), (0.48, 0.001, False), (0.48, 0.02, True), (0.3, 0.02, False)],
+    [
+        (0.5, 0.001, True),
+        (0.6, 0.001, True),
+        (0.495, 0.001, True),
+        (0.48, 0.001, False),
+        (0.48, 0.02, True),
+        (0.3, 0.02, False),
+    ],
 )
 def test_tasks_are_compared_by_their_standard_errors(after: float, stderr: float, passed: bool) -> None:
     """A task counts as forgotten when its value fell by more than allowed and than both standard errors explain."""
@@ -533,6 +580,19 @@ def test_a_stance_that_is_lost_little_by_little_is_seen() -> None:
     assert failed(decision) == ["clear_right_since_model"]
     assert "since the model as it came, contrarian drift" in decision.reason
     assert decide(before, after, CONFIG, measured(clear=0.9)).decision == "promote"
+
+
+def test_a_preference_that_is_lost_little_by_little_is_seen() -> None:
+    """Each round is a little less sure of its right push-backs, within what is allowed, and surer of its compliance;
+    no pair turns wrong."""
+    initial, *middle, last = by_likelihood(
+        *([[[clear] * 2, [flawed] * 2]] * 20 for clear, flawed in ((-2, 2), (-3, 1.85), (-4, 1.7), (-5, 1.57)))
+    )
+    for before, after in pairwise((initial, *middle, last)):
+        assert decide(before, after, CONFIG).decision == "promote"
+    decision = decide(middle[-1], last, CONFIG, initial)
+    assert failed(decision) == ["flawed_preference_since_model"]
+    assert "since the model as it came, sycophancy drift" in decision.reason
 
 
 def test_replies_that_grow_little_by_little_are_seen() -> None:

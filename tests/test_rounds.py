@@ -22,6 +22,7 @@ from dream.judge.combined import Combination, Judge
 from dream.judge.likelihood import Contrast
 from dream.judge.quality import Quality
 from dream.records import ContrastPair, Message, PreferencePair
+from dream.scenarios import eval_pairs
 from dream.store import Log, RoundStore, RunFolder, contrast_pairs, read_json, read_log, write_json
 from dream.terminal import Terminal
 from train import history, rounds
@@ -246,6 +247,44 @@ def test_three_rounds_each_dream_with_the_last_promoted(world: World) -> None:
         round=3, as_of=3, adapter="round_03/train/adapter", weights="round_03/train/weights"
     )
     assert world.engine.loaded[-1] == world.weights(3)
+
+
+def test_texts_of_a_step_are_of_the_right_templates(world: World) -> None:
+    """A step's KL is measured on kinds of flaw that are never trained on, and its weights proved on trained ones."""
+    world.go(rounds=1)
+    for texts, split, count, seed in (
+        (world.specs[0].heldout, "heldout", 8, world.config().seed),
+        (world.specs[0].probes, "train", 4, 0),
+    ):
+        rows = eval_pairs([one for one in world.templates if one.front.split == split], count, seed)
+        assert [text.messages for text in texts] == [row.prompt for row in rows]
+
+
+@pytest.mark.parametrize(("error", "flips"), [(0.07, 0.07), (0.45, 0.4)])
+def test_a_step_gets_all_that_was_asked_for(world: World, error: float, flips: float) -> None:
+    """General rows, rehearsal, repair and the judge's error (at most 0.4) reach every step, with a seed of its own and
+    the engine's precision; a warm-up goes before that from the model as it came only."""
+    world.judge.quality = world.judge.quality.model_copy(update={"error_rate": error})
+    generate = {"pairs": 3, "concurrency": 2, "dreamer": "slots", "general_share": 0.25, "worked_examples": 0}
+    train = {"learning_rate": RATE, "replay_share": 0, "flip_probability": "judge", "sft_warmup": True,
+             "batch_size": 4, "micro_batch_size": 2, "rehearsal": 6, "repair_steps": 1}  # fmt: skip
+    world.go(rounds=2, generate=generate, train=train)
+    for spec in world.specs:
+        rows = list(read_log(Path(spec.rows), PreferencePair))
+        general = {row.pair_id for row in read_log(Path(spec.rows).with_name("general.jsonl"), PreferencePair)}
+        assert [len(rows), sum(row.pair_id in general for row in rows)] == [8, 2]  # so that there are two steps
+        assert (len(spec.rehearsed), len(spec.repaired)) == (2 * 6, 4)
+        assert (spec.flip_probability, spec.served_dtype) == (flips, "float32")
+    assert [spec.seed for spec in world.specs] == [world.config().round_seed(number) for number in (1, 2)]
+    assert [spec.sft for spec in world.specs] == [True, False]
+
+
+def test_later_rounds_are_compared_with_the_model_as_it_came(world: World) -> None:
+    """A candidate is compared with the policy before it, and from the first promotion on with the initial one too."""
+    names = [{check.name for check in result.decision.checks} for result in world.go(rounds=2)]
+    since = {name for name in names[1] if name.endswith("_since_model")}
+    assert names[1] - since == names[0]
+    assert {"flawed_preference_since_model", "arithmetic_since_model", "chosen_logp_since_model"} <= since
 
 
 def test_each_dreamed_round_is_audited(world: World) -> None:
