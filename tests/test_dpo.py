@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import toy_rows, train_toy
+from toy import HELDOUT, toy_rows, train_toy
 
 from dream.config import TrainConfig
 from dream.errors import TrainingError
-from dream.records import user
+from dream.records import assistant, user
 from train.checkpoints import load_model, load_tokenizer
 from train.data import Encoded, Rehearsed, encode, encode_rehearsed, lay_out, other_sides, with_other_sides
-from train.dpo import compared, conservative_loss, training_order
+from train.dpo import compared, conservative_loss, row_weights, training_order
 from train.ledger import rewarded
 from train.optim import rate_factor
-from train.scoring import coarse_logps, forgotten, remember, score_pairs
+from train.scoring import (
+    coarse_logps,
+    divergence,
+    forgotten,
+    probe_ids,
+    prompts_can_be_shared,
+    remember,
+    reply_distributions,
+    score_pairs,
+)
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.1, 0.3])
@@ -62,6 +72,7 @@ def test_step_teaches_the_condition_and_leaves_a_whole_folder(toy_model: Path, t
     ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
     assert ledger["preference"]["after"]["margin"] > ledger["preference"]["before"]["margin"] == 0
     assert ledger["weights"]["all"]["relative_change"] > 0
+    assert ledger["prompts_shared"] is True
 
 
 def test_same_seed_gives_the_same_losses(toy_model: Path, tmp_path: Path) -> None:
@@ -78,6 +89,26 @@ def test_shared_prompt_scores_as_two_sequences_do(toy_model: Path) -> None:
     together, apart = (score_pairs(model, encoded, shared=shared, bf16=False, batch=3) for shared in (True, False))
     for one, other in zip(together, apart, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "shift", "wanted"),
+    [("sdpa", 0, True), ("flash_attention_2", 0, False), ("sdpa", 0.04, True), ("sdpa", 0.06, False)],
+)
+def test_prompts_are_shared_only_where_scores_stay_the_same(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, attention: str, shift: float, wanted: bool
+) -> None:
+    """With attention that takes our mask, and if no reply behind a shared prompt scores .05 nats a token otherwise."""
+
+    def shifted(model: Any, rows: list[Encoded], *, shared: bool, **settings: Any) -> list[tuple[float, ...]]:
+        first, *others = score_pairs(model, rows, shared=shared, **settings)
+        return [(first[0] + shared * shift * len(rows[0].chosen), *first[1:]), *others]
+
+    model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
+    tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
+    monkeypatch.setattr(model.config, "_attn_implementation", attention)
+    monkeypatch.setattr("train.scoring.score_pairs", shifted)
+    assert prompts_can_be_shared(model, [encode(tokenizer, row) for row in toy_rows(2)], bf16=False) is wanted
 
 
 def test_losses_are_those_of_trl(toy_model: Path, tmp_path: Path) -> None:
@@ -165,6 +196,29 @@ def test_micro_batches_hold_both_sides(lengths: list[int], step: int, data: st.D
             assert others[i] == order[place ^ 1]
 
 
+@pytest.mark.parametrize("long", [(5, 3, 3), (2, 6, 3), (2, 3, 6)])
+def test_a_row_counts_as_the_judge_is_sure_and_a_long_one_takes_its_pair_along(long: tuple[int, int, int]) -> None:
+    """Weights are the confidences over their mean among the rows that are kept; prompt and longer reply must fit."""
+    encoded = [Encoded([1] * 2, [1] * 3, [1] * 5)] * 6
+    rows = toy_rows(3, clear_confidence=0.5, flawed_confidence=1.0)
+    one_long = [*encoded[:3], Encoded(*([1] * size for size in long)), *encoded[4:]]
+    assert row_weights(rows, one_long, 7) == pytest.approx([2 / 3, 4 / 3, 0, 0, 2 / 3, 4 / 3])
+    with pytest.raises(TrainingError, match=r"train\.max_length \(6 tokens\)"):
+        row_weights(rows, encoded, 6)
+
+
+def test_a_pair_with_a_long_row_is_left_out_of_the_step(toy_model: Path, tmp_path: Path) -> None:
+    """Neither of its sides is in the loss of its step, and the ledger counts and divides by the others."""
+    rows = toy_rows()
+    rows[3] = rows[3].model_copy(update={"rejected": [assistant(" ".join("a" * 64))]})
+    reports = train_toy(toy_model, tmp_path / "out", rows=rows, max_length=64, nll_weight=0.0)
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert reports[0]["loss"] == pytest.approx(2 * log(2) / 4, abs=1e-4)  # the other two of four, as yet undecided
+    assert (ledger["rows"], ledger["left_out"]) == (14, 2)
+    moved = ledger["weights"]["all"]
+    assert moved["relative_change_per_row"] == pytest.approx(moved["relative_change"] / 14)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_sides_compared_alone_teach_the_condition(toy_model: Path, tmp_path: Path, method: str) -> None:
     """Without the rows' own comparison the crossed margin rises all the same, and the ledger and its line say so."""
@@ -177,20 +231,23 @@ def test_sides_compared_alone_teach_the_condition(toy_model: Path, tmp_path: Pat
 
 
 def test_scores_and_trainer_compare_the_same(toy_model: Path, tmp_path: Path) -> None:
-    """The loss of the first step, at a rate of next to nothing, is the loss of the scores that the ledger has."""
-    settings = {"row_weight": 0.5, "crossed_weight": 2.0, "nll_weight": 0.0, "reference_weight": 0.0, "beta": 1.0,
+    """The loss of the first step, at a rate of next to nothing, is the loss of the scores that the ledger has: with
+    labels smoothed, rows weighed, and the chosen reply's likelihood a token."""
+    settings = {"row_weight": 0.5, "crossed_weight": 2.0, "nll_weight": 0.3, "reference_weight": 0.0, "beta": 1.0,
                 "batch_size": 16, "micro_batch_size": 4, "learning_rate": 1e-9, "length_normalized": True}  # fmt: skip
-    (report,) = train_toy(toy_model, tmp_path / "out", **settings)
+    rows = toy_rows(clear_confidence=0.5, flawed_confidence=1.0)
+    (report,) = train_toy(toy_model, tmp_path / "out", rows=rows, flip=0.2, **settings)
     train = TrainConfig(**settings)
     tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
-    rows = toy_rows()
     encoded, others = with_other_sides([encode(tokenizer, row) for row in rows], rows, train)
     model = load_model(str(toy_model), torch.float32, trust_remote_code=False)
-    own, crossed = compared(score_pairs(model, encoded, shared=False, bf16=False, batch=3), encoded, others, train)
-    none = torch.zeros_like(own)
+    scores = score_pairs(model, encoded, shared=False, bf16=False, batch=3)
+    own, crossed = compared(scores, encoded, others, train)
+    flip, weights = torch.full_like(own, 0.2), torch.tensor([0.5, 1.0] * 8) / 0.75
+    nll = torch.tensor([-score[0] / len(ids.chosen) for score, ids in zip(scores, encoded, strict=True)])
     assert len(own) == len(rows) == sum(i != j for i, j in enumerate(others))
-    wanted = 0.5 * conservative_loss(own, 1.0, none) + 2 * conservative_loss(crossed, 1.0, none)
-    assert report["loss"] == pytest.approx(float(wanted.mean()), abs=1e-4)
+    wanted = 0.5 * conservative_loss(own, 1.0, flip) + 2 * conservative_loss(crossed, 1.0, flip) + 0.3 * nll
+    assert report["loss"] == pytest.approx(float((weights * wanted).mean()), abs=1e-4)
     assert report["margin"] == pytest.approx(float(crossed.mean()), abs=1e-4)  # of what mostly is compared
 
 
@@ -225,20 +282,24 @@ def test_rehearsed_answer_is_whole_where_the_prompt_alone_is_rendered_otherwise(
     assert encode_rehearsed(Thinking(), text) == ([*b"hi"], [*b"x", 0])
 
 
-def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_path: Path) -> None:
+def two_rounds(model: Path, folder: Path, method: str, **settings: Any) -> None:
+    """Trains `first` in the folder, and `second` from where that ended; the settings are the second's."""
+    train_toy(model, folder / "first", method=method)
+    kind = "adapter" if method == "lora" else "weights"
+    train_toy(model, folder / "second", method=method, **{kind: folder / "first" / kind}, **settings)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_path: Path, method: str) -> None:
     """A second round brings a policy that has gone far back towards the model as it came, not towards its last self."""
     text = Rehearsed(messages=[user("q r s")], reply="m n o p", finished=True)
     tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
     initial = load_model(str(toy_model), torch.float32, trust_remote_code=False)
     remembered = remember(initial, [encode_rehearsed(tokenizer, text)], bf16=False, batch=1)
-    train_toy(toy_model, tmp_path / "first", method="full")
-    first = tmp_path / "first" / "weights"
-    train_toy(
-        toy_model, tmp_path / "second", method="full", weights=first, rehearsed=[text], rehearsal=2, rehearsal_weight=50
-    )
+    two_rounds(toy_model, tmp_path, method, rehearsed=[text], rehearsal=2, rehearsal_weight=50)
     lost = []
-    for folder in (first, tmp_path / "second" / "weights"):
-        model = load_model(str(folder), torch.float32, trust_remote_code=False)
+    for name in ("first", "second"):
+        model = load_model(str(tmp_path / name / "weights"), torch.float32, trust_remote_code=False)
         lost.append(forgotten(model, model.get_output_embeddings(), remembered).item())
     assert lost[1] < lost[0] / 2
 
@@ -246,13 +307,36 @@ def test_what_is_rehearsed_is_held_to_the_initial_model(toy_model: Path, tmp_pat
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_second_round_begins_where_the_first_ended(toy_model: Path, tmp_path: Path, method: str) -> None:
     """What is served before a round is what was served after the one before."""
-    train_toy(toy_model, tmp_path / "first", method=method)
-    first = tmp_path / "first"
-    policy = {"adapter": first / "adapter"} if method == "lora" else {"weights": first / "weights"}
-    train_toy(toy_model, tmp_path / "second", method=method, **policy)
+    two_rounds(toy_model, tmp_path, method)
     one, two = (json.loads((tmp_path / name / "probes.json").read_text()) for name in ("first", "second"))
     assert one["after"] != pytest.approx(one["before"], abs=1e-2)
     assert two["before"] == pytest.approx(one["after"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_second_round_knows_the_last_policy_and_the_initial_model(
+    toy_model: Path, tmp_path: Path, method: str
+) -> None:
+    """Its two KLs are those between the folders, and `reference: initial` compares with the model as it came."""
+    two_rounds(toy_model, tmp_path, method, reference="initial")
+    ledger = json.loads((tmp_path / "second" / "ledger.json").read_text())
+    tokenizer = load_tokenizer(str(toy_model), trust_remote_code=False)
+    text = probe_ids(tokenizer, HELDOUT)
+    encoded = [encode(tokenizer, row) for row in toy_rows()]
+    seen, scored = [], []
+    for folder in (toy_model, tmp_path / "first" / "weights", tmp_path / "second" / "weights"):
+        model = load_model(str(folder), torch.float32, trust_remote_code=False)
+        seen.append(reply_distributions(model, [text]))
+        scored.append(torch.tensor(score_pairs(model, encoded, shared=False, bf16=False, batch=8)).mean(0).tolist())
+    initial, first, second = seen
+    drift = ledger["drift"][-1]
+    assert drift["kl_previous"] == pytest.approx(divergence(second, first), rel=1e-2)
+    assert drift["kl_initial"] == pytest.approx(divergence(second, initial), rel=1e-2)
+    assert drift["kl_initial"] != pytest.approx(drift["kl_previous"], rel=0.1)
+    for when, wanted in zip(("reference", "before", "after"), scored, strict=True):
+        logps = [ledger["preference"][when][reply]["logp_sum"] for reply in ("chosen", "rejected")]
+        assert logps == pytest.approx(wanted, abs=1e-3)
+    assert scored[0] != pytest.approx(scored[1], abs=0.1)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

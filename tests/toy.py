@@ -9,6 +9,9 @@ from dream.records import PreferencePair, assistant, user
 from dream.store import Log
 from train.data import Probe, Rehearsed, StepSpec
 
+HELDOUT = Probe(messages=[user("z w")], reply="a b c")
+"""The text on which `train_toy` measures KL."""
+
 
 def build_toy(folder: Path, tied: bool = False) -> None:
     """Writes the model, random weights and a word tokenizer with a chat template, into a Hugging Face folder; `tied`:
@@ -31,15 +34,18 @@ def build_toy(folder: Path, tied: bool = False) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), tie_word_embeddings=tied, **shape)).save_pretrained(folder)
 
 
-def toy_rows(count: int = 8) -> list[PreferencePair]:
+def toy_rows(count: int = 8, clear_confidence: float = 0.9, flawed_confidence: float = 0.9) -> list[PreferencePair]:
     """Rows in which the prompt decides which of the same two replies is chosen."""
     made = []
     for number in range(count):
-        for side, letter, chosen, rejected in (("clear", "x", "a b c", "d e"), ("flawed", "y", "d e", "a b c")):
+        for side, letter, chosen, rejected, confidence in (
+            ("clear", "x", "a b c", "d e", clear_confidence),
+            ("flawed", "y", "d e", "a b c", flawed_confidence),
+        ):
             made.append(
                 PreferencePair(
                     pair_id=f"p{number}", side=side, prompt=[user(f"{letter} w")],
-                    chosen=[assistant(chosen)], rejected=[assistant(rejected)], meta={"judge_confidence": 0.9},
+                    chosen=[assistant(chosen)], rejected=[assistant(rejected)], meta={"judge_confidence": confidence},
                 )
             )  # fmt: skip
     return made
@@ -49,6 +55,8 @@ def train_toy(
     model: Path,
     out: Path,
     *,
+    rows: Sequence[PreferencePair] | None = None,
+    flip: float = 0.0,
     sft: bool = False,
     served_dtype: str = "float32",
     rehearsed: Sequence[Rehearsed] = (),
@@ -57,20 +65,20 @@ def train_toy(
     adapter: Path | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Runs one training step on the toy rows, KL measured on an unseen prompt; what it reported."""
+    """Runs one training step on `rows`, by default the toy rows, KL measured on an unseen prompt; what it reported."""
     from train.step import run  # torch and trl take seconds to import
 
     path = out.with_suffix(".jsonl")
     log = Log(path)
-    log.append(*toy_rows())
+    log.append(*(toy_rows() if rows is None else rows))
     log.close()
     config = TrainConfig(**{"batch_size": 4, "micro_batch_size": 2, "bf16": False, "learning_rate": 1e-2, **settings})
     reports: list[dict[str, Any]] = []
     spec = StepSpec(
-        model=str(model), rows=str(path), out=str(out), train=config, served_dtype=served_dtype, sft=sft,
-        rehearsed=list(rehearsed), repaired=list(repaired), weights=str(weights) if weights else None,
+        model=str(model), rows=str(path), out=str(out), train=config, flip_probability=flip, served_dtype=served_dtype,
+        sft=sft, rehearsed=list(rehearsed), repaired=list(repaired), weights=str(weights) if weights else None,
         adapter=str(adapter) if adapter else None, probes=[Probe(messages=[user("x w")], reply="a b c")],
-        heldout=[Probe(messages=[user("z w")], reply="a b c")],
+        heldout=[HELDOUT],
     )  # fmt: skip
     run(spec, reports.append)
     return reports
