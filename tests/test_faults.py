@@ -28,12 +28,13 @@ from test_judge_server import Answer, Fake, Server, measure, question
 from test_judge_server import fake as fake
 
 from dream import store
-from dream.config import Config, EngineConfig, TrainConfig
+from dream.config import Config, EngineConfig, GenerateConfig, TrainConfig
 from dream.engine import Completion, EngineStats, Sampling, ScriptedEngine
-from dream.errors import EngineError, Stopped, StorageError
+from dream.errors import EngineError, Stopped, StorageError, TrainingError
 from dream.generate import FINISHING, Progress, RoundDreamer
 from dream.pool import EnginePool, connect
 from dream.records import Message, user
+from dream.selfplay import LONGEST_TOKEN
 from dream.stop import NOW, Stop
 from dream.store import RoundStore, new_run_path
 from dream.tasks import train_in_child
@@ -69,6 +70,13 @@ GARBAGE = {
     "control tokens": "<|im_start|>assistant\nLabel<|im_end|> on our shelves.",
     "line ends of all kinds": "Label\r\n\u2028on\u2029our\x85shelves \x1e now.",
 }
+REASONS = {
+    "empty": "too_short",
+    "enormous": "cut_off",
+    "one enormous word": "cut_off",
+    "control tokens": "control_tokens",
+}
+"""What a verdict says of garbage that is not `garbled`."""
 
 
 @pytest.fixture
@@ -102,7 +110,8 @@ def check_whole(found: Round) -> None:
 @pytest.mark.usefixtures("quick_disk")
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_garbage_is_never_trained_on(dream, script, likelihood, kind: str) -> None:
-    """Whatever every third answer is, of the dreamer too, the round ends with its pairs and none of it is in them."""
+    """Whatever every third answer is, of the dreamer too, the round ends with its pairs and none of it is in them; as a
+    reply it is no longer than its tokens can be, and its verdict says what is wrong with it."""
     calls = iter(range(1_000_000))
 
     class Broken(ScriptedEngine):
@@ -117,6 +126,9 @@ def test_garbage_is_never_trained_on(dream, script, likelihood, kind: str) -> No
         for message in [*row.prompt, *row.chosen, *row.rejected]:
             assert len(message["content"]) < 1_000
             assert not re.search("[\x00\ufffd]|<\\|", message["content"])
+    assert REASONS.get(kind, "garbled") in {verdict.reason for verdict in found.verdicts.values()}
+    longest = GenerateConfig().max_tokens * LONGEST_TOKEN
+    assert all(len(reply.text) <= longest for reply in found.replies.values())
     for path in found.folder.glob("*.jsonl"):
         for line in path.read_bytes().split(b"\n")[:-1]:
             json.loads(line.decode("utf-8"))
@@ -307,39 +319,82 @@ def test_signal_with_nothing_in_flight_cancels() -> None:
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-def test_signal_ends_the_training_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def train_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Does a training step of this source in a child, in `tmp_path`."""
+
+    def go(source: str, on_step: Callable[[dict[str, Any]], None] = lambda step: None) -> None:
+        (tmp_path / "toy_step.py").write_text(source)
+        monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+        spec = StepSpec(model="m", rows="r", out=str(tmp_path / "train"), train=TrainConfig(), served_dtype="float32")
+        stop = Stop(lambda text: None, "again")
+
+        async def work() -> None:
+            train_in_child(spec, tmp_path, on_step, "toy_step", stop)
+
+        stop.run(work())
+
+    return go
+
+
+SLOW_STEP = """
+import os, pathlib, time
+
+def main(argv):
+    begun = pathlib.Path(argv[0]).with_name(f".train.{os.getpid()}.tmp")
+    begun.mkdir()
+    print("{}", flush=True)
+    time.sleep(60)
+    begun.rename(begun.with_name("train"))
+    return 0
+"""
+
+
+def test_signal_ends_the_training_child(tmp_path: Path, train_with) -> None:
     """The first signal ends the trainer, though the event loop waits for it; what it did not finish is not there."""
-    (tmp_path / "slow_step.py").write_text(
-        "import os, time\ndef main(argv):\n    print('{}', flush=True)\n    time.sleep(600)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
-    stop = Stop(lambda text: None, "again")
-    spec = StepSpec(model="m", rows="r", out=str(tmp_path / "train"), train=TrainConfig(), served_dtype="float32")
-
-    async def work() -> None:
-        train_in_child(spec, tmp_path, lambda step: send(signal.SIGINT), "slow_step", stop)
-
-    began = time.monotonic()
     with pytest.raises(Stopped, match="again") as ended:
-        stop.run(work())
+        train_with(SLOW_STEP, lambda step: send(signal.SIGINT))
     assert ended.value.exit_code == 130
-    assert time.monotonic() - began < 300
+    assert list(tmp_path.glob(".train.*.tmp"))
     assert not (tmp_path / "train").exists()
-    assert not [child for child in psutil.Process().children() if "slow_step" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "toy_step" in child.cmdline()]
 
 
-def test_signal_just_before_the_training_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal that comes while the child is being started is not forgotten."""
-    stop, acted = Stop(lambda text: None), []
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_signal_just_before_the_training_child(train_with, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """A signal that comes while the child is being started is not forgotten: the child is killed."""
+    children = []
 
-    async def work() -> None:
-        send(signal.SIGTERM)
-        with stop.gently("", lambda: acted.append(True)):
-            pass
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            if when == "before":
+                send(signal.SIGTERM)
+            super().__init__(*arguments, **options)
+            children.append(self)
+            if when == "after":
+                send(signal.SIGTERM)
 
-    with pytest.raises(Stopped):
-        stop.run(work())
-    assert acted == [True]
+    monkeypatch.setattr("dream.tasks.subprocess.Popen", Popen)
+    with pytest.raises(Stopped, match="again") as ended:
+        train_with(SLOW_STEP)
+    assert ended.value.exit_code == 143
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "code -9: nothing was said"),
+        ("print('loading', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGKILL)", "code -9: loading"),
+        ("print('loading\\nerror: no room', file=sys.stderr); return 1", "code 1: no room"),
+    ],
+    ids=["killed in silence", "killed", "failed"],
+)
+def test_trainer_that_fails_says_why(tmp_path: Path, train_with, does: str, said: str) -> None:
+    """The message has the code of a training child that did not end well, its own last line and where its log is."""
+    with pytest.raises(TrainingError) as ended:
+        train_with(f"import os, signal, sys\n\ndef main(argv):\n    {does}\n")
+    assert str(ended.value) == f"training ended with {said} (see {tmp_path / 'train.log'})"
 
 
 # The pool, with engines in this process

@@ -38,6 +38,8 @@ SERVERS = 2
 KILLS_A_RUN = 4
 VICTIMS = {"driver": 5, "trainer": 3, "engine": 2}
 """Who is killed, and how often of ten times."""
+LAST_WORDS = {"trainer": "training ended with code -9", "engine": "an engine died"}
+"""Of a driver whose trainer or engine was killed."""
 
 
 class Server:
@@ -108,8 +110,9 @@ def workplace(place: Path, toy: Path, rounds: int = ROUNDS) -> Path:
 
 def killed_life(server: Server, place: Path, whom: str, delay: float) -> bool:
     """A life in which somebody is killed `delay` seconds after it, or he, began; whether that ended it."""
-    note = place / f"{whom}.pid"
+    note, log = place / f"{whom}.pid", place / "driver.log"
     note.unlink(missing_ok=True)
+    log.write_text("")  # what earlier lives said is no evidence of this one
     driver = server.start(place)
     while whom != "driver" and running(driver) and not (note.exists() and note.read_text()):
         time.sleep(0.005)
@@ -117,11 +120,14 @@ def killed_life(server: Server, place: Path, whom: str, delay: float) -> bool:
     while running(driver) and time.monotonic() < due:
         time.sleep(0.005)
     victim = driver if whom == "driver" else int(note.read_text()) if note.exists() else None
-    if victim and running(victim):
+    hit = victim is not None and running(victim)
+    if hit:
         os.kill(victim, signal.SIGKILL)
-    code = server.ended()
-    # 1 is the driver's word that it lost its trainer or engine; a refusal of the command would be 2.
-    assert code in (0, -signal.SIGKILL if whom == "driver" else 1), (place / "driver.log").read_text()
+    code, said = server.ended(), log.read_text()
+    if code:
+        assert hit, said  # nobody else may end a life
+        assert code == (-signal.SIGKILL if whom == "driver" else 1), said
+        assert LAST_WORDS.get(whom, "") in said, said
     return code != 0
 
 

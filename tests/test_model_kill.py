@@ -22,6 +22,8 @@ SMALL = {
     "train.learning_rate": 2e-4, "engine.dtype": "float32", "train.bf16": "false",
 }  # fmt: skip
 DEADLINE_S = 900
+WRITTEN = "round_01/.train.*.tmp"
+"""What a training child writes, until it is complete."""
 
 
 def dreamed(run: Path) -> bool:
@@ -29,13 +31,17 @@ def dreamed(run: Path) -> bool:
     return (run / "round_01" / "replies.jsonl").exists()
 
 
-def training(run: Path) -> bool:
-    """Whether the training child writes its folder."""
-    return any((run / "round_01").glob(".train.*.tmp"))
+def training(run: Path) -> Callable[[Path], bool]:
+    """Tells whether a training child writes its folder. What a killed one left by now is none: it stays until the next
+    child has made its imports and begins."""
+    left = set(run.glob(WRITTEN))
+    return lambda run: bool(set(run.glob(WRITTEN)) - left)
 
 
 def driver(process: psutil.Process) -> list[psutil.Process]:
-    """The command itself."""
+    """The command itself, with a trainer and an engine that have to end with it."""
+    assert trainer(process)
+    assert engine(process)
     return [process]
 
 
@@ -56,8 +62,8 @@ def test_killed_command_given_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     command = [sys.executable, "-P", "-m", "dream.cli", "train", "--rounds", "1", "--out", str(run), *sets]
-    assert given(command, run, tmp_path / "first.log", [(dreamed, engine), (training, trainer)]) == 1
-    assert given(command, run, tmp_path / "second.log", [(training, driver)]) == -signal.SIGKILL
+    assert given(command, run, tmp_path / "first.log", [(dreamed, engine), (training(run), trainer)]) == 1
+    assert given(command, run, tmp_path / "second.log", [(training(run), driver)]) == -signal.SIGKILL
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr[-3000:]
     check(run)
