@@ -512,6 +512,29 @@ def test_eval_of_an_adapter(
     assert any(not value.equal(trained[name]) for name, value in load_file(toy_model / "model.safetensors").items())
 
 
+@pytest.mark.parametrize(
+    ("code", "stderr", "said"), [(-9, "", "code -9: nothing was said"), (1, "loading\nno room\n", "code 1: no room")]
+)
+def test_adapter_that_cannot_be_merged(
+    dream: Dream,
+    small: tuple[str, ...],
+    toy_model: Path,
+    tmp_path: Path,
+    monkeypatch,
+    code: int,
+    stderr: str,
+    said: str,
+) -> None:
+    """The child's last line is the message, and its code where it was killed in silence."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code, stderr=stderr)
+    )
+    result = dream("eval", "--model", model.partition("=")[2], "--adapter", tmp_path, *small)
+    assert result.code == 1
+    assert f"error: --adapter {tmp_path}: merging ended with {said}" in result.err
+
+
 @pytest.mark.parametrize("command", ["generate", "train"])
 def test_run_with_other_settings_is_refused(refused: Callable, edited, folder: Path, model: str, command: str) -> None:
     """A run folder that was begun with other settings or templates is refused, and every difference is named."""

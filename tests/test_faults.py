@@ -30,7 +30,7 @@ from test_judge_server import fake as fake
 from dream import store
 from dream.config import Config, EngineConfig, GenerateConfig, TrainConfig
 from dream.engine import Completion, EngineStats, Sampling, ScriptedEngine
-from dream.errors import EngineError, Stopped, StorageError, TrainingError
+from dream.errors import EngineError, Stopped, StorageError, TrainingError, UserError
 from dream.generate import FINISHING, Progress, RoundDreamer
 from dream.pool import EnginePool, connect
 from dream.records import Message, user
@@ -395,6 +395,15 @@ def test_trainer_that_fails_says_why(tmp_path: Path, train_with, does: str, said
     with pytest.raises(TrainingError) as ended:
         train_with(f"import os, signal, sys\n\ndef main(argv):\n    {does}\n")
     assert str(ended.value) == f"training ended with {said} (see {tmp_path / 'train.log'})"
+
+
+def test_trainer_that_cannot_take_the_configuration_is_the_users_error(train_with) -> None:
+    """Code 2 of the training child is the command's: of a key that fits no such model nothing needs a log."""
+    with pytest.raises(UserError, match=r"^train\.lora\.target_modules: none there$"):
+        train_with(
+            "import sys\n\ndef main(argv):\n"
+            "    print('error: train.lora.target_modules: none there', file=sys.stderr)\n    return 2\n"
+        )
 
 
 # The pool, with engines in this process
