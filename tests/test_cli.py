@@ -516,14 +516,7 @@ def test_eval_of_an_adapter(
     ("code", "stderr", "said"), [(-9, "", "code -9: nothing was said"), (1, "loading\nno room\n", "code 1: no room")]
 )
 def test_adapter_that_cannot_be_merged(
-    dream: Dream,
-    small: tuple[str, ...],
-    toy_model: Path,
-    tmp_path: Path,
-    monkeypatch,
-    code: int,
-    stderr: str,
-    said: str,
+    dream: Dream, small: tuple[str, ...], tmp_path: Path, model: str, monkeypatch, code: int, stderr: str, said: str
 ) -> None:
     """The child's last line is the message, and its code where it was killed in silence."""
     (tmp_path / "adapter_config.json").write_text("{}")
