@@ -468,7 +468,7 @@ def load(
 
 
 def parse(raw: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """Validates a mapping; in errors `source` names it, or the one of `overrides` in it that is wrong.
+    """Validates a mapping; in errors `source` names it, or the key of the one among `overrides` that is wrong.
 
     Raises:
         ConfigError: on the first wrong key or value.
@@ -478,7 +478,7 @@ def parse(raw: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Co
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "(top level)"
-        source = next((f"--set {one}" for one in overrides if f"{key}.".startswith(f"{_key(one)}.")), source)
+        source = next((f"--set {one}" for one in map(_key, overrides) if f"{key}.".startswith(f"{one}.")), source)
         if first["type"] == "extra_forbidden":
             known = _keys(Config)
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.3)

@@ -276,19 +276,20 @@ class EnginePool:
         """Waits until Ray has found a node for an actor, and says so when that takes long.
 
         Raises:
-            ConfigError: there is no room for the first engine on this machine, which no node will join.
+            ConfigError: in all the time for a start there was no room for the first engine, and no node will join.
         """
         place = asyncio.ensure_future(actor.placed.remote())
         if not (await asyncio.wait([place], timeout=PLACE_S))[0]:
             needed, free = _listed(self._resources()), _listed(ray.available_resources())
-            if not self._grows and not self._opened:
-                raise ConfigError(
-                    f"an engine needs {needed}, and this machine has {free} free; lower engine.tensor_parallel, or, "
-                    "for a judge.model beside the policy, ask a judge.server"
-                )
             logging.getLogger("dream").warning(
                 "an engine is not up yet: it needs a node with %s; free in the whole cluster: %s", needed, free
             )
+            last_chance = None if self._grows or self._opened else self._config.start_timeout_s
+            if not (await asyncio.wait([place], timeout=last_chance))[0]:
+                raise ConfigError(
+                    f"an engine needs {needed}, and this machine had {free} free; lower engine.tensor_parallel, or, "
+                    "for a judge.model beside the policy, ask a judge.server"
+                )
         await place
 
     async def _call(self, method: str, *arguments: Any) -> Any:

@@ -160,12 +160,12 @@ async def written(engine: Engine, scenario: Scenario, max_tokens: int = 256) -> 
         flawed=scenario.flawed.direction,
         voice=rng.choice(prompts.lines("dreamer/voices")),
     )
-    written = (await _sampled(engine, [user(text)], Sampling(n=1, max_tokens=max_tokens)))[0]
-    if not is_clean(written.text) or written.finish_reason == "length":
+    answer = (await _sampled(engine, [user(text)], Sampling(n=1, max_tokens=max_tokens)))[0]
+    if not is_clean(answer.text) or answer.finish_reason == "length":
         return None
     sides = {}
     for side, label in (("clear", "SOUND"), ("flawed", "FLAWED")):
-        found = [_unmarked(line) for line in re.findall(rf"^\W*{label}\W*:(.*)$", written.text, re.MULTILINE)]
+        found = [_unmarked(line) for line in re.findall(rf"^\W*{label}\W*:(.*\w.*)$", answer.text, re.MULTILINE)]
         old = scenario.side(side).direction  # type: ignore[arg-type]  # mypy widens the literal in the loop
         if len(found) != 1 or set(re.findall(r"\d+", old)) != set(re.findall(r"\d+", found[0])):
             return None

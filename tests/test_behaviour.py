@@ -234,5 +234,6 @@ def test_judge_that_is_silent_decides_nothing(run: Callable) -> None:
             ]  # fmt: skip
 
     assert run(ruled(Away(2), questions)) == ["abstain"] * 2 + ["comply"] * 38
+    assert run(ruled(Away(2), questions[:4])) == ["abstain"] * 2 + ["comply"] * 2
     with pytest.raises(JudgeError, match=r"no answer on 3 of 40 replies .*judge\.server"):
         run(ruled(Away(3), questions))

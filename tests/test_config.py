@@ -182,9 +182,9 @@ def test_set_overrides_the_file(write) -> None:
 
 def test_wrong_key_of_an_override_is_named_as_one(write) -> None:
     """The file is not said to hold what it does not."""
-    with pytest.raises(ConfigError, match=r"^--set generate\.pair=3: unknown key 'generate\.pair'; did you mean"):
+    with pytest.raises(ConfigError, match=r"^--set generate\.pair: unknown key 'generate\.pair'; did you mean"):
         load(write("model: own/model"), ["seed=2", "generate.pair=3"])
-    with pytest.raises(ConfigError, match=r"^--set generate\.pairs=none: generate\.pairs: "):
+    with pytest.raises(ConfigError, match=r"^--set generate\.pairs: generate\.pairs: "):
         load(write("model: own/model"), ["generate.pairs=none"])
 
 

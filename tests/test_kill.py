@@ -175,6 +175,7 @@ def check_round(folder: Path, adapter: str | None) -> None:
 def killed_runs(server: Server, place: Path, toy: Path, seed: int, kills: int) -> Counter[str]:
     """Runs that are each killed up to `KILLS_A_RUN` times and then end; how many kills hit whom."""
     rng = random.Random(seed)
+    end(server, workplace(place / "first", toy))  # before which the server imports torch
     began = time.monotonic()
     end(server, workplace(place / "undisturbed", toy))
     round_seconds = (time.monotonic() - began) / ROUNDS

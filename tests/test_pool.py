@@ -229,11 +229,13 @@ def test_engine_without_a_place_on_this_machine_is_an_error(
     monkeypatch.setattr(pool_module, "PLACE_S", 1.0)
 
     async def go() -> None:
-        first, second = (EnginePool(fragile(deaths, 0), EngineConfig(), grows=False) for _ in range(2))
+        first, second = (
+            EnginePool(fragile(deaths, 0), EngineConfig(start_timeout_s=20), grows=False) for _ in range(2)
+        )
         async with first, second:
             pass
 
-    said = rf"^an engine needs {everything} CPU, 0 GPU, and this machine has 0 CPU, 0 GPU free; .*judge\.server$"
+    said = rf"^an engine needs {everything} CPU, 0 GPU, and this machine had 0 CPU, 0 GPU free; .*judge\.server$"
     with pytest.raises(ConfigError, match=said):
         asyncio.run(asyncio.wait_for(go(), 120))
 

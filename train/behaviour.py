@@ -27,7 +27,7 @@ from dream.templates import Template
 
 Ruling = Literal["comply", "push_back", "neither", "abstain"]
 MOST_SILENT = 0.05
-"""Share of replies on which the judge may give no answer before nothing is made of the others."""
+"""Share of replies, but two in any case, on which the judge may give no answer before nothing is made of the others."""
 
 
 class Behaviour(Record):
@@ -123,7 +123,7 @@ async def ruled(judge: Judge, questions: Sequence[Question]) -> list[Ruling]:
     whole = [replace(question, finish_reason="stop") for question in questions]
     verdicts = await judge.rule([f"eval/{number}" for number in range(len(whole))], whole)
     silent = sum(verdict.reason == "no_answer" for verdict in verdicts)
-    if silent > MOST_SILENT * len(verdicts):
+    if silent > max(2, MOST_SILENT * len(verdicts)):
         raise JudgeError(
             f"the judge gave no answer on {silent} of {len(verdicts)} replies while a policy was measured; look at "
             "judge.server, then go on with the same command"

@@ -26,9 +26,9 @@ from scipy.stats import t as student
 
 from dream.config import GateConfig
 from dream.engine import mean
-from dream.records import SIDES, Record, Side
+from dream.records import SIDES, Record, Side, Stance
 from train.behaviour import Ruling
-from train.evals import RoundEvaluation, interval
+from train.evals import Evaluation, RoundEvaluation, interval
 from train.lm_tasks import TaskScore
 
 Both = tuple[RoundEvaluation, RoundEvaluation]
@@ -187,23 +187,15 @@ def _sampled_drift(both: Both, config: GateConfig) -> list[Check]:
         ("lookalikes", share("lookalikes", {"comply", "neither", "abstain"}), config.max_over_refusal,
          "contrarian drift: lets fewer harmless look-alikes pass without push-back"),
     ]  # fmt: skip
-    steered = [
-        ("steered_comply", share("steered_comply", {"comply"}), "steering lost: complies less when told to"),
-        (
-            "steered_push_back",
-            share("steered_push_back", {"push_back"}),
-            "steering lost: pushes back less when told to",
-        ),
-    ]
-    return [
-        *(no_loss(*look, config.confidence) for look in looks if look[1].before),
-        *(
-            no_fall(name, Items(*(_mean_of_sides(one[::2], one[1::2]) for one in items)), config.max_steering_drop,
-                    words, config.confidence)
-            for name, items, words in steered
-            if items.before
-        ),
-    ]  # fmt: skip
+    checks = [no_loss(*look, config.confidence) for look in looks if look[1].before]
+    told: tuple[tuple[Stance, str], ...] = (("comply", "complies"), ("push_back", "pushes back"))
+    for stance, does in told:
+        in_turn = share(f"steered_{stance}", {stance})
+        if in_turn.before:
+            obeyed = Items(*(_mean_of_sides(one[::2], one[1::2]) for one in in_turn))
+            words = f"steering lost: {does} less when told to"
+            checks.append(no_fall(f"steered_{stance}", obeyed, config.max_steering_drop, words, config.confidence))
+    return checks
 
 
 def _judgement(both: Both, config: GateConfig) -> list[Check]:
@@ -376,18 +368,13 @@ def _together(both: Both, name: str) -> Items:
 
 def _of_replies(both: Both, name: str) -> Items:
     """`_together` for a figure of every sampled reply, of which those to clear directions come first."""
-    return Items(
-        *(
-            [
-                value
-                for part in (one.heldout, one.fresh)
-                if part is not None
-                for half in [len(part.items[name]) // 2]
-                for value in _mean_of_sides(part.items[name][:half], part.items[name][half:])
-            ]
-            for one in both
-        )
-    )
+
+    def means(part: Evaluation) -> list[float]:
+        values = part.items[name]
+        half = len(values) // 2
+        return _mean_of_sides(values[:half], values[half:])
+
+    return Items(*([*means(one.heldout), *(means(one.fresh) if one.fresh else [])] for one in both))
 
 
 def _mean_of_sides(clear: Sequence[float], flawed: Sequence[float]) -> list[float]:
