@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dream.errors import ConfigError
+from dream.errors import ConfigError, one_line
 from dream.hardware import bfloat16_is_fast, gpu_visible
 from dream.paths import data_folder
 
@@ -457,7 +457,7 @@ def load(
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such configuration file; see {data_folder('configs')}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bad UTF-8, or a date that is none
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     for text in overrides or []:
@@ -547,7 +547,7 @@ def override(raw: dict[str, Any], text: str) -> None:
     try:
         value = yaml.safe_load(value_text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {text}: the value is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"--set {text}: the value is not YAML: {one_line(error)}") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
         with contextlib.suppress(ValueError):
             value = float(value)

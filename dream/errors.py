@@ -59,3 +59,14 @@ class Stopped(DreamError):
     def __init__(self, number: int, how_to_go_on: str) -> None:
         super().__init__("; ".join(filter(None, ("stopped", how_to_go_on))))
         self.exit_code = 128 + number
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, which may be of many lines, in one."""
+    return " ".join(str(error).split())
+
+
+def last_line(said: str) -> str:
+    """The last line of what a child process wrote."""
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else "nothing was said"

@@ -238,14 +238,10 @@ class RoundDreamer:
         except (TemplateError, CallRefused) as error:
             # One draw in many may not render, or be too long for the engine: a row, and not the end of the round.
             refused = isinstance(error, CallRefused)
-            row = Dropped(
-                scenario_id=scenario_id,
-                template=template.name,
-                stage="engine" if refused else "draw",
-                reason="engine_refused" if refused else "template_error",
-                detail=str(error),
+            stage, reason = ("engine", "engine_refused") if refused else ("draw", "template_error")
+            self._store.drop(
+                Dropped(scenario_id=scenario_id, template=template.name, stage=stage, reason=reason, detail=str(error))
             )
-            self._store.drop(row)
             kept = 0
         finally:
             demand.under_way[template.name] -= 1

@@ -20,7 +20,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from dream.config import Config, EngineConfig
 from dream.engine import Completion, Engine, EngineStats, Sampling
-from dream.errors import ConfigError, DreamError, EngineError
+from dream.errors import ConfigError, DreamError, EngineError, one_line
 from dream.link import Answer, Call, CallTaker, Link
 from dream.records import Message
 from dream.vllm_engine import EngineDied, VLLMEngine
@@ -69,7 +69,7 @@ def connect(address: str | None) -> None:
             local = {"address": "local", "object_store_memory": 256 * 2**20, "_node_ip_address": "127.0.0.1"}
             ray.init(include_dashboard=False, **local, **common)
     except Exception as error:  # of many kinds, by what is wrong
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error)[:300]
         if address:
             raise ConfigError(f"ray.address: {address!r} cannot be joined: {said}") from error
         raise EngineError(f"Ray does not start on this machine: {type(error).__name__}: {said}") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dream import models, prompts, store, templates
 from dream.config import Config
 from dream.engine import Engine, WithSecond
-from dream.errors import ConfigError, DataError, DreamError, EngineError, Stopped, TrainingError, UserError
+from dream.errors import ConfigError, DataError, DreamError, EngineError, Stopped, TrainingError, UserError, last_line
 from dream.records import Scenario
 from dream.runs import manifest
 from dream.stop import Stop
@@ -203,8 +203,7 @@ def train_in_child(
                 for line in child.stdout:
                     on_step(json.loads(line))
     if child.returncode:
-        said = (folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        why = said[-1].removeprefix("error: ") if said else "nothing was said"
+        why = last_line((folder / "train.log").read_text(encoding="utf-8", errors="replace")).removeprefix("error: ")
         if child.returncode == UserError.exit_code:
             raise UserError(why)
         raise TrainingError(f"training ended with code {child.returncode}: {why} (see {folder / 'train.log'})")
@@ -381,7 +380,6 @@ def merged(config: Config, adapter: Path | None, terminal: Terminal) -> Iterator
             [sys.executable, "-P", "-m", "train.checkpoints", *command], capture_output=True, text=True
         )
         if run.returncode:
-            said = run.stderr.strip().splitlines()
-            why = f"code {run.returncode}: {said[-1] if said else 'nothing was said'}"
+            why = f"code {run.returncode}: {last_line(run.stderr)}"
             raise DreamError(f"--adapter {adapter}: merging ended with {why}")
         yield folder

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import meta, nodes
 from pydantic import ValidationError
 
+from dream.errors import one_line
 from dream.sandbox import ENVIRONMENT
 from dream.template import GENERAL, FrontMatter, Key, Lines
 
@@ -138,7 +139,7 @@ def _yaml_problem(path: Path, head: str, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     position = getattr(error, "position", 0)  # of a character that YAML does not allow
     line = mark.line + FIRST_LINE if mark else head.count("\n", 0, position) + FIRST_LINE
-    problem = str(getattr(error, "problem", None) or " ".join(str(error).split()))
+    problem = str(getattr(error, "problem", None) or one_line(error))
     hint = '; put Jinja in quotes: "{{ name }}"' if "unhashable" in problem else ""
     return f"{path}:{line}: broken YAML: {problem}{hint}"
 

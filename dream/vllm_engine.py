@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from dream.config import EngineConfig
 from dream.engine import Completion, EngineStats, Sampling
-from dream.errors import CallRefused, EngineError
+from dream.errors import CallRefused, EngineError, one_line
 from dream.records import Message
 
 
@@ -133,8 +133,8 @@ class VLLMEngine:
             arguments = engine_arguments(self._model, self._config, self._seed, on_gpu)
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except Exception as error:  # vLLM raises many kinds; all of them mean that this model cannot be served
-            said = " ".join(str(error).split())[:500]
-            raise EngineError(f"vLLM cannot serve {self._model}: {type(error).__name__}: {said}") from error
+            said = f"{type(error).__name__}: {one_line(error)[:500]}"
+            raise EngineError(f"vLLM cannot serve {self._model}: {said}") from error
         if not on_gpu:
             await self._engine.collective_rpc("use_fused_kernels")
         self._tokenizer = self._engine.get_tokenizer()

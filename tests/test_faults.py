@@ -21,6 +21,7 @@ import psutil
 import pytest
 import ray
 from actors import local_pool
+from conftest import syntax_tree
 from ray.cluster_utils import Cluster
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 from test_generate import Round, check_every_scenario_ended_once, check_no_draw_twice
@@ -53,7 +54,7 @@ def test_the_table_names_tests_that_exist() -> None:
         named = re.findall(r"`(test_\w+)\.(\w+)`", row)
         assert named, row
         for file, name in named:
-            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+            tree = syntax_tree(ROOT / "tests" / f"{file}.py")
             assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}.{name}"
 
 

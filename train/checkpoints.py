@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dream.config import LoraConfig
-from dream.errors import ConfigError, RunError, StorageError, TrainingError
+from dream.errors import ConfigError, RunError, StorageError, TrainingError, one_line
 
 OnChange = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Told a parameter's name and its float32 values before and after; the same tensor twice when nothing touched it."""
@@ -98,7 +98,7 @@ def load_model(
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{source}: cannot be loaded as a language model: {_line(error)}") from error
+        raise TrainingError(f"{source}: cannot be loaded as a language model: {one_line(error)[:500]}") from error
     assert isinstance(model, PreTrainedModel)
     return in_parts(model.eval()) if place is Place.PARTS else model.eval()
 
@@ -137,7 +137,7 @@ def load_tokenizer(source: str, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{source}: its tokenizer cannot be loaded: {_line(error)}") from error
+        raise TrainingError(f"{source}: its tokenizer cannot be loaded: {one_line(error)[:500]}") from error
     if tokenizer.chat_template is None:
         raise ConfigError(f"model: {source} has no chat template; name a chat model")
     return tokenizer
@@ -155,7 +155,9 @@ def load_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> PeftMo
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (OSError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"{folder}: cannot be loaded as an adapter of this model: {_line(error)}") from error
+        raise TrainingError(
+            f"{folder}: cannot be loaded as an adapter of this model: {one_line(error)[:500]}"
+        ) from error
 
 
 def new_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
@@ -174,7 +176,7 @@ def new_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     try:
         return peft.get_peft_model(model, wanted)
     except ValueError as error:
-        raise ConfigError(f"train.lora.target_modules: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"train.lora.target_modules: {one_line(error)[:300]}") from error
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -262,10 +264,6 @@ def as_served(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 def parameter_name(module_name: str) -> str:
     """The plain model's name of the weight of an adapted layer."""
     return module_name.removeprefix("base_model.model.") + ".weight"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def main(model: str, adapter: str, out: str, dtype: str, trust_remote_code: str) -> None:

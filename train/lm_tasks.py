@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dream.errors import ConfigError, TrainingError
+from dream.errors import ConfigError, TrainingError, last_line
 from dream.records import Record
 
 METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none", "f1,none")
@@ -63,8 +63,8 @@ async def lm_scores(tasks: Sequence[str], weights: str, *, trust_remote_code: bo
                 await child.wait()
         results = sorted(Path(folder).rglob("results*.json"))
         if child.returncode or not results:
-            said = (err or out).decode(errors="replace").strip().splitlines()
-            raise TrainingError(f"eval.lm_eval_tasks: lm-eval failed: {said[-1] if said else 'nothing was said'}")
+            why = last_line((err or out).decode(errors="replace"))
+            raise TrainingError(f"eval.lm_eval_tasks: lm-eval failed: {why}")
         found = json.loads(results[-1].read_text(encoding="utf-8"))["results"]
     return {task: _score(task, found.get(task, {})) for task in tasks}
 

@@ -16,7 +16,7 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from dream.errors import DreamError, TrainingError
+from dream.errors import DreamError, TrainingError, one_line
 from dream.pool import connect
 from train.child import Report
 from train.data import StepSpec
@@ -59,7 +59,7 @@ def run_on_workers(run: Callable[[StepSpec, Report], None], spec: StepSpec, repo
                 f"training on several workers did not begin: {spec.train.workers} workers need a {kind} each, of "
                 f"{there:g} in the cluster {free:g} are free; lower train.workers"
                 + (" or engine.replicas, set engine.release, or add nodes" if spec.ray_address else "")
-                + f" ({_line(error)})"
+                + f" ({one_line(error)[:500]})"
             ) from error
         except Exception as error:  # Ray Train wraps what a worker raised in several ways
             raise cause_of(error) from error
@@ -81,9 +81,4 @@ def cause_of(error: Exception) -> DreamError:
             if isinstance(failure, DreamError):
                 return failure
             failure = getattr(failure, "cause", None) or failure.__cause__
-    return TrainingError(f"training on several workers failed: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    """Its words, as many as a line takes."""
-    return " ".join(str(error).split())[:500]
+    return TrainingError(f"training on several workers failed: {one_line(error)[:500]}")
