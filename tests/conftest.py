@@ -3,9 +3,7 @@
 `TINY` is the smallest contrast template that passes all checks; the scripted engine reads its notes and directions.
 """
 
-import ast
 import asyncio
-import gc
 import os
 import re
 from collections.abc import Callable, Coroutine, Sequence
@@ -221,13 +219,3 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     build_toy(folder)
     return folder
-
-
-def syntax_tree(path: Path) -> ast.Module:
-    """A file's syntax tree. Nothing is collected meanwhile: the parser of Python 3.11 fails (SystemError) where a
-    collection within it ends a coroutine that another test left."""
-    gc.disable()
-    try:
-        return ast.parse(path.read_text())
-    finally:
-        gc.enable()
