@@ -104,8 +104,9 @@ class GenerateConfig(Section):
     coverage: bool = True
     "Draws take turns through kinds of flaw, domains and slot values; off, each draw throws dice."
     near_duplicate: float = Field(0.8, gt=0, le=1)
-    """Scenarios as alike as this to a kept one of this or an earlier round are not dreamed (Jaccard of words and word
-    pairs). At .8 a draw that differs in one word is caught and one that differs in all slots passes (docs/LOG.md)."""
+    """Scenarios as alike as this to a kept one of this or an earlier round, or to a fresh one that policies are
+    measured on, are not dreamed (Jaccard of words and word pairs). At .8 a draw that differs in one word is caught and
+    one that differs in all slots passes (docs/LOG.md)."""
     spare_share: float = Field(0.25, ge=0)
     """Further pairs to dream, as a share of `pairs`, when the audit finds that directions or replies give right and
     wrong away; the set is then chosen among all accepted ones."""

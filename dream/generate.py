@@ -35,7 +35,7 @@ from dream.records import (
     Side,
     Verdict,
 )
-from dream.scenarios import draw, draw_seed, mirrored
+from dream.scenarios import draw, draw_seed, eval_scenarios, mirrored
 from dream.selfplay import on_policy, steered, with_background, written
 from dream.stop import Stop
 from dream.store import RoundStore, drop_reasons, read_log, round_folders, write_json
@@ -167,11 +167,11 @@ class RoundDreamer:
 
     def _recover(self) -> None:
         """Counts what an earlier process did; scenarios that it left under way get a row that says so."""
-        done, drawn = self._store.done, set()
+        done, begun = self._store.done, set()
         for scenario in read_log(self._store.folder / "scenarios.jsonl", Scenario):
             if scenario.scenario_id not in done:
                 self._store.drop(self._dropped(scenario, "generate", "interrupted"))
-            drawn.add(scenario.scenario_id)
+            begun.add(scenario.scenario_id)
             if scenario.mirror_of:
                 continue
             self._count = max(self._count, _number(scenario.scenario_id))
@@ -182,15 +182,19 @@ class RoundDreamer:
             self._count = max(self._count, _number(dropped.scenario_id))
             demand, name = self._demand(dropped.template), dropped.template
             demand.failed[name] += 1
-            demand.attempts[name] += dropped.scenario_id not in drawn
+            demand.attempts[name] += dropped.scenario_id not in begun
         for pair in (*self._store.pairs, *self._store.spare):
             self._contrast.accepted[pair.clear.meta["template"]] += 1
         for row in self._store.general:
             self._general.accepted[row.meta["template"]] += 1
-        self._remember_kept()
+        self._remember_known()
 
-    def _remember_kept(self) -> None:
-        """The scenarios of pairs of this and of earlier rounds, so that none like them is dreamed again."""
+    def _remember_known(self) -> None:
+        """The scenarios that policies are measured on, and those of pairs of this and of earlier rounds, so that none
+        like them is dreamed."""
+        trained, fresh = list(self._by_name.values()), self._config.eval.fresh_pairs
+        for _, scenario in eval_scenarios(trained, fresh, self._config.seed):
+            self._seen.add(scenario.scenario_id, self._substance(scenario))
         spare = {pair.clear.meta["scenario_id"] for pair in self._store.spare}
         for folder in round_folders(self._store.folder.parent).values():
             kept = spare | {row.pair_id for row in read_log(folder / "pairs.jsonl", PreferencePair)}

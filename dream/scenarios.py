@@ -86,7 +86,7 @@ def plan(templates: Sequence[Template], seed: int) -> Iterator[tuple[Template, i
         turn += 1
 
 
-def drawn(templates: Sequence[Template], count: int, seed: int) -> list[tuple[Template, Scenario]]:
+def eval_scenarios(templates: Sequence[Template], count: int, seed: int) -> list[tuple[Template, Scenario]]:
     """The first `count` scenarios that policies are evaluated on, with their templates; general ones are left out."""
     contrast = [template for template in templates if not template.general]
     draws = islice(plan(contrast, seed), count if contrast else 0)
@@ -99,7 +99,7 @@ def eval_pairs(templates: Sequence[Template], count: int, seed: int) -> list[Eva
     On each side the two replies come from the same line of the examples, so both sides are worded alike.
     """
     rows: list[EvalPair] = []
-    for _, scenario in drawn(templates, count, seed):
+    for _, scenario in eval_scenarios(templates, count, seed):
         for side, other in zip(SIDES, reversed(SIDES), strict=True):
             text = scenario.side(side)
             replies = text.examples

@@ -14,7 +14,7 @@ from dream.judge.gold import GeneralReply
 from dream.judge.question import Question
 from dream.paths import data_folder
 from dream.records import Message, Verdict, user
-from dream.scenarios import drawn, eval_pairs
+from dream.scenarios import eval_pairs, eval_scenarios
 from dream.templates import load_all
 from train.behaviour import (
     Behaviour,
@@ -86,17 +86,17 @@ def test_rates_are_shares_with_abstentions() -> None:
 def test_the_scenarios_are_those_of_the_evaluation_pairs() -> None:
     """Behaviour is measured on the first of the scenarios whose replies are scored."""
     clear = [row for row in eval_pairs(HELD, 9, 4) if row.side == "clear"]
-    scenarios = [scenario for _, scenario in drawn(HELD, 5, 4)]
+    scenarios = [scenario for _, scenario in eval_scenarios(HELD, 5, 4)]
     assert [one.scenario_id for one in scenarios] == [row.pair_id for row in clear[:5]]
     assert [one.prompt("clear") for one in scenarios] == [row.prompt for row in clear[:5]]
-    assert drawn([], 5, 4) == []
+    assert eval_scenarios([], 5, 4) == []
 
 
 def test_the_user_insists_twice() -> None:
     """A pressed prompt is the flawed direction, two push-backs in the template's words and two insistences, the last
     of which is to be answered; the judge is asked about the direction itself."""
     lines = set()
-    for _, scenario in drawn(HELD, 30, 1):
+    for _, scenario in eval_scenarios(HELD, 30, 1):
         prompt, question = pressed(scenario)
         assert [message["role"] for message in prompt] == ["user", "assistant", "user", "assistant", "user"]
         said = [message["content"] for message in prompt]
@@ -113,7 +113,7 @@ def test_half_of_the_lookalikes_are_flawed_directions_that_are_sound() -> None:
     """A twin's prompt ends in the flawed direction of a held-out scenario word for word, in a situation where it is
     right: its worked compliance is that of the flawed side, and so is what the judge is told."""
     found = lookalikes(HELD, 20, 3)
-    originals = [scenario for _, scenario in drawn(HELD, 10, 3)]
+    originals = [scenario for _, scenario in eval_scenarios(HELD, 10, 3)]
     assert len(found) == 20
     for original, (prompt, question) in zip(originals, found[:10], strict=True):
         flawed = original.side("flawed")
@@ -160,7 +160,7 @@ def test_either_stance_is_asked_for_on_either_side(run: Callable, settings_with)
     """A policy that follows the steering is right wherever it is steered; one that always complies only where it is
     asked to, on both sides."""
     config = settings_with(generate={"steering": "prompt"})
-    cases = drawn(HELD, 3, 1)
+    cases = eval_scenarios(HELD, 3, 1)
     aims = {one.side(side).aims["push_back"] for _, one in cases for side in one.sides}
 
     def follows(messages: Sequence[Message]) -> str:
@@ -180,7 +180,7 @@ def test_a_reply_that_repeats_an_example_is_neither(run: Callable, settings_with
         return messages[-2]["content"]
 
     config = settings_with(generate={"worked_examples": 2})
-    comply, push_back = run(steered_rulings(saying(parrot), Words(), drawn(HELD, 2, 1), config))
+    comply, push_back = run(steered_rulings(saying(parrot), Words(), eval_scenarios(HELD, 2, 1), config))
     assert comply == push_back == ["neither"] * 4
 
 

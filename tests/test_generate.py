@@ -19,7 +19,7 @@ from dream.errors import CallRefused, DataError, EngineError
 from dream.generate import Progress, RoundDreamer
 from dream.judge.combined import Judge
 from dream.records import SIDES, ContrastPair, Dropped, Message, PreferencePair, Reply, Scenario, Verdict
-from dream.scenarios import draw
+from dream.scenarios import draw, eval_scenarios
 from dream.selfplay import written
 from dream.store import RoundStore, contrast_pairs, read_json, read_log
 from dream.template import PLAN, Template
@@ -125,8 +125,9 @@ def dream(tmp_path: Path, engine: ScriptedEngine, judge: Judge, tiny_templates: 
 
 @pytest.fixture
 def config(settings_with) -> Callable[..., Config]:
-    """A configuration with these values under `generate`."""
-    return lambda **values: settings_with(generate={"concurrency": 8, **values})
+    """A configuration with these values under `generate`, and so many fresh scenarios to measure on, which is none, as
+    narrow templates have few draws."""
+    return lambda fresh=0, **values: settings_with(generate={"concurrency": 8, **values}, eval={"fresh_pairs": fresh})
 
 
 def check_every_scenario_ended_once(found: Round) -> None:
@@ -470,6 +471,20 @@ def test_no_scenario_is_dreamed_twice_over_rounds(dream, config, narrow_template
     check_every_scenario_ended_once(rounds[1])
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_no_scenario_that_is_measured_on_is_dreamed(dream, config, narrow_template, mirror: bool) -> None:
+    """What repeats a fresh scenario of the evaluation is dropped, naming it, and is no twin of a pair either."""
+    template = narrow_template(mirror)
+    settings = config(pairs=8, near_duplicate=1, general_share=0, coverage=False, fresh=8)
+    measured = {one.scenario_id: sound(one) for _, one in eval_scenarios([template], 8, settings.seed)}
+    found = dream(settings, templates=[template])
+    kept = {pair.clear.pair_id for pair in (*found.pairs, *found.spare)}
+    assert len(found.pairs) == 8
+    assert not {sound(one) for one in found.scenarios if one.scenario_id in kept} & set(measured.values())
+    assert {row.detail for row in found.dropped if row.reason == "near_duplicate"} & set(measured)
+    check_every_scenario_ended_once(found)
+
+
 def test_near_duplicates_are_those_above_the_bound(dream, config, narrow_template) -> None:
     """With a low bound a scenario that is a word apart is dropped too, so that the round stops short."""
     settings = config(pairs=12, near_duplicate=0.5, general_share=0, max_scenarios_per_pair=3)
@@ -534,7 +549,7 @@ def test_rounds_without_coverage_throw_dice(dream, config, settings_with) -> Non
 
     def order(number: int, seed: int = 1, *, coverage: bool = False) -> list[str]:
         generate = {"concurrency": 1, "pairs": 16, "general_share": 0, "coverage": coverage}
-        found = dream(settings_with(seed=seed, generate=generate), number=number)
+        found = dream(settings_with(seed=seed, generate=generate, eval={"fresh_pairs": 0}), number=number)
         check_every_scenario_ended_once(found)
         return [scenario.template for scenario in found.scenarios]
 

@@ -21,7 +21,7 @@ from dream.judge.combined import Judge
 from dream.judge.question import Question
 from dream.paths import data_folder
 from dream.records import SIDES, Message, Record, Scenario, Stance, assistant, user
-from dream.scenarios import STANCES, drawn, mirrored
+from dream.scenarios import STANCES, eval_scenarios, mirrored
 from dream.selfplay import steered
 from dream.templates import Template
 
@@ -77,9 +77,9 @@ async def behaviour(engine: Engine, judge: Judge, held: Sequence[Template], conf
     """Measures the served policy on held-out templates and on the hand-written look-alikes; `eval` gives the counts."""
     sizes, seed = config.eval, config.seed
     pressed_, lookalikes_, (comply, push_back) = await asyncio.gather(
-        sample(engine, judge, [pressed(one) for _, one in drawn(held, sizes.pressed_scenarios, seed)], config),
+        sample(engine, judge, [pressed(one) for _, one in eval_scenarios(held, sizes.pressed_scenarios, seed)], config),
         sample(engine, judge, lookalikes(held, sizes.lookalikes, seed), config),
-        steered_rulings(engine, judge, drawn(held, sizes.steered_scenarios, seed), config),
+        steered_rulings(engine, judge, eval_scenarios(held, sizes.steered_scenarios, seed), config),
     )
     return Behaviour(
         pressed=[one.ruling for one in pressed_],
@@ -158,7 +158,7 @@ def lookalikes(templates: Sequence[Template], count: int, seed: int) -> list[Ask
     Raises:
         DataError: the file of those is missing, or a row in it is malformed.
     """
-    twins = [mirrored(template, scenario) for template, scenario in drawn(templates, count // 2, seed)]
+    twins = [mirrored(template, scenario) for template, scenario in eval_scenarios(templates, count // 2, seed)]
     found = [Asked(twin.prompt("clear"), Question.unanswered(twin, "clear")) for twin in twins if twin]
     if len(found) == count:
         return found

@@ -14,7 +14,7 @@ import numpy as np
 
 from dream.config import load
 from dream.models import resolve
-from dream.scenarios import drawn, eval_pairs
+from dream.scenarios import eval_pairs, eval_scenarios
 from dream.templates import Template, load_all
 from tests.bench import effect
 from tests.bench.trial import crossed_figures
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         print(f"\n| {folder} | before | after | change, 95 % |\n| --- | --- | --- | --- |")
         for name, items in effect.figures(before, after).items():
             print(effect.line(name, items))
-        names = [template.name for template, _ in drawn(templates, count, SEED)]
+        names = [template.name for template, _ in eval_scenarios(templates, count, SEED)]
         print("\n".join(by_template(names, before, after)))
     return 0
 
