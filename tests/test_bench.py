@@ -195,6 +195,10 @@ def test_effect_tells_what_a_run_did(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "| held-out: strict crossed | 0.000 | 1.000 | [+1.000, +1.000] |" in shown
     assert "Last round rolled back: sycophancy drift" in shown
+    assert effect.main(["--candidate", "--together", f"mine={tmp_path}", f"again={tmp_path}"]) == 0
+    total = capsys.readouterr().out.partition("| together |")[2]
+    assert "| held-out: strict crossed | 0.000 | 1.000 |" in total
+    assert "| retention: mean of the kinds | 0.375 | 0.375 |" in total
     plot = ElementTree.parse(tmp_path / "plot.svg").getroot()
     assert plot.tag.endswith("svg")
     assert "clear 0.00 to 1.00" in "".join(plot.itertext())

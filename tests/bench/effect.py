@@ -1,10 +1,12 @@
-"""What runs did to the policy, from their folders: `python -P -m tests.bench.effect [--svg FILE] NAME=RUN ...`.
+"""What runs did to the policy, from their folders: `python -P -m tests.bench.effect [OPTIONS] NAME=RUN ...`.
 
 For each run the initial policy beside the one it ended with (`--candidate`: beside its last candidate, promoted or
-not), on the run's own fixed scenarios, every change with its paired interval; and a plot of either side's own pairs.
-The tables of docs/EFFECT.md are made of its output and of eval.json.
+not), on the run's own fixed scenarios, every change with its paired interval. `--together` adds a table of the
+scenarios of all runs, for runs that differ in their seed; `--svg FILE` is a plot of either side's own pairs. The tables
+of docs/EFFECT.md are made of its output and of eval.json.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,25 +61,44 @@ def figures(before: Evaluation, after: Evaluation) -> dict[str, Items]:
 
 def table(run: Shown) -> list[str]:
     """Markdown lines."""
-    lines = [f"| {run.name} | before | after | change, 95 % |", "| --- | --- | --- | --- |"]
-    for where, before, after in (
-        ("fresh", run.before.fresh, run.after.fresh),
-        ("held-out", run.before.heldout, run.after.heldout),
-    ):
-        if before is None or after is None:
-            continue
-        for name, items in figures(before, after).items():
-            lines.append(line(f"{where}: {name}", items))
+    lines = [head(run.name), *(line(name, items) for name, items in compared(run).items())]
+    for where, before, after in measured(run):
         ranked = f"{before.ranked_accuracy:.3f} | {after.ranked_accuracy:.3f}"
         own = f"{before.own_pair_accuracy:.3f} | {after.own_pair_accuracy:.3f}"
         lines += [f"| {where}: ranked | {ranked} | |", f"| {where}: own pairs, both sides | {own} | |"]
-    before, after = run.before.retention, run.after.retention
-    kinds = {kind: Items(getattr(before, kind), getattr(after, kind)) for kind in ("arithmetic", "facts", "format")}
-    asked = {kind: items for kind, items in kinds.items() if items.before}
-    lines += [line(f"retention: {name}", items) for name, items in asked.items()]
-    if asked:
-        lines.append(line("retention: mean of the kinds", alike(list(asked.values()))))
     return lines
+
+
+def measured(run: Shown) -> list[tuple[str, Evaluation, Evaluation]]:
+    """On which scenarios a run was measured, before and after."""
+    sets = (("fresh", run.before.fresh, run.after.fresh), ("held-out", run.before.heldout, run.after.heldout))
+    return [(where, before, after) for where, before, after in sets if before is not None and after is not None]
+
+
+def compared(run: Shown) -> dict[str, Items]:
+    """All of a run that is compared item by item, by its name in the table."""
+    found = {
+        f"{where}: {name}": items
+        for where, before, after in measured(run)
+        for name, items in figures(before, after).items()
+    }
+    was, now = run.before.retention, run.after.retention
+    kinds = {kind: Items(getattr(was, kind), getattr(now, kind)) for kind in ("arithmetic", "facts", "format")}
+    asked = {kind: items for kind, items in kinds.items() if items.before}
+    found |= {f"retention: {name}": items for name, items in asked.items()}
+    if asked:
+        found["retention: mean of the kinds"] = alike(list(asked.values()))
+    return found
+
+
+def together(runs: Sequence[Shown]) -> list[str]:
+    """Markdown lines: the items of all runs as those of one. The chance of their intervals is that of scenarios; that
+    of seeds, of which there are few, can be told from the runs' own tables only."""
+    every = [compared(run) for run in runs]
+    joined = {
+        name: Items(*([value for one in every for value in one[name][place]] for place in (0, 1))) for name in every[0]
+    }
+    return [head("together"), *(line(name, items) for name, items in joined.items())]
 
 
 def alike(kinds: Sequence[Items]) -> Items:
@@ -90,6 +111,11 @@ def alike(kinds: Sequence[Items]) -> Items:
             for place in (0, 1)
         )
     )
+
+
+def head(name: str) -> str:
+    """The two lines that a table begins with."""
+    return f"| {name} | before | after | change, 95 % |\n| --- | --- | --- | --- |"
 
 
 def line(name: str, items: Items) -> str:
@@ -132,14 +158,19 @@ def parts(one: RoundEvaluation) -> list[Evaluation]:
 
 def main(arguments: list[str]) -> int:
     """Prints the tables and writes the plot."""
-    candidate = "--candidate" in arguments
-    rest = [argument for argument in arguments if argument != "--candidate"]
-    svg = rest.pop(rest.index("--svg") + 1) if "--svg" in rest else None
-    runs = [shown(argument, candidate) for argument in rest if argument != "--svg"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    parser.add_argument("--candidate", action="store_true")
+    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--svg", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    runs = [shown(argument, given.candidate) for argument in given.runs]
     for run in runs:
         print("\n".join([*table(run), f"\nLast round {run.last.decision.said}\n"]))
-    if svg:
-        Path(svg).write_text(plot(runs), encoding="utf-8")
+    if given.together:
+        print("\n".join(together(runs)))
+    if given.svg:
+        given.svg.write_text(plot(runs), encoding="utf-8")
     return 0
 
 

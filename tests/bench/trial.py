@@ -21,7 +21,7 @@ from dream.scenarios import STANCES, draw, eval_pairs, mirrored, plan
 from dream.store import Log
 from dream.templates import Template, load_all
 from tests.bench.effect import figures as compared
-from tests.bench.effect import line
+from tests.bench.effect import head, line
 from train.checkpoints import load_model, load_tokenizer
 from train.data import Encoded, StepSpec, chat_ids, round_rows
 from train.evals import Evaluation, Pair, figures, joined
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bf16 = train.mixed_precision
     for name, pairs in measured.items():
         both = [crossed_figures(model, source, pairs, bf16, config.seed) for model in (before, after)]
-        print(f"| {name} | before | after | change, 95 % |\n| --- | --- | --- | --- |")
+        print(head(name))
         print("\n".join(line(figure, items) for figure, items in compared(*both).items()), flush=True)
     return 0
 

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         for weights in (source, *folders)
     )
     for folder, after in zip(folders, policies, strict=True):
-        print(f"\n| {folder} | before | after | change, 95 % |\n| --- | --- | --- | --- |")
+        print("\n" + effect.head(folder))
         for name, items in effect.figures(before, after).items():
             print(effect.line(name, items))
         names = [template.name for template, _ in eval_scenarios(templates, count, SEED)]
