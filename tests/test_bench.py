@@ -29,7 +29,8 @@ from tests.bench import growth_256_vs_16 as growth
 from tests.bench.growth_256_vs_16 import Dreamed
 from tests.bench.scripted import worked_engine
 from tests.bench.unseen import by_template, untrained
-from train.evals import RoundEvaluation, figures
+from train.behaviour import Ruling, Sampled
+from train.evals import Evaluation, RoundEvaluation, figures
 from train.gate import Decision
 from train.history import RoundResult
 from train.retention import Retention
@@ -172,6 +173,31 @@ def test_both_trainers_make_the_same_run(toy_model: Path) -> None:
         require_same_losses(ours, theirs[:3])
 
 
+RESULT = RoundResult(
+    round=1, parent=0, learning_rate=1, accepted=8, dropped={}, summary={},
+    decision=Decision(decision="roll_back", reason="sycophancy drift", checks=[]),
+)  # fmt: skip
+
+
+def test_effect_joins_what_was_sampled_on_both_sets() -> None:
+    """Sampled replies are few on either set of scenarios, so they are compared over both, too, as the gate does."""
+
+    def measured(*rulings: Ruling) -> Evaluation:
+        said = [Sampled(ruling, "a b", 2) for ruling in rulings]
+        return figures(np.zeros((2, 2, 2, 2)), {"clear": said, "flawed": said}, 0)
+
+    nothing = Retention(arithmetic=[], facts=[], format=[], neutral=[], tasks={})
+    before = RoundEvaluation(
+        heldout=measured("abstain", "comply"), fresh=measured("comply", "comply"), retention=nothing
+    )
+    after = RoundEvaluation(
+        heldout=measured("push_back", "comply"), fresh=measured("comply", "abstain"), retention=nothing
+    )
+    found = effect.compared(effect.Shown("mine", before, after, RESULT))
+    assert found["both: sampled: comply on clear"] == ([1, 1, 0, 1], [1, 0, 0, 1])
+    assert found["both: sampled: push back on flawed"] == ([0, 0, 0, 0], [0, 0, 1, 0])
+
+
 def test_effect_tells_what_a_run_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The accepted policy beside the initial one, or the last candidate, with the gate's word; and a readable plot."""
     figure = figures(np.stack([-np.ones((8, 2, 2)), np.ones((8, 2, 2))], -1), {"clear": [], "flawed": []}, 0)
@@ -180,11 +206,7 @@ def test_effect_tells_what_a_run_did(tmp_path: Path, capsys: pytest.CaptureFixtu
     for number, heldout in enumerate((figure, better)):
         one = RoundEvaluation(heldout=heldout, fresh=None, retention=nothing)
         write_json(tmp_path / f"round_0{number}" / "eval.json", one.model_dump())
-    decision = Decision(decision="roll_back", reason="sycophancy drift", checks=[])
-    result = RoundResult(
-        round=1, parent=0, learning_rate=1, accepted=8, dropped={}, decision=decision, summary={}
-    )  # fmt: skip
-    write_json(tmp_path / "round_01" / "gate.json", result.model_dump())
+    write_json(tmp_path / "round_01" / "gate.json", RESULT.model_dump())
 
     assert effect.main([f"mine={tmp_path}"]) == 0
     kept = capsys.readouterr().out

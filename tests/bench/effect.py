@@ -76,12 +76,13 @@ def measured(run: Shown) -> list[tuple[str, Evaluation, Evaluation]]:
 
 
 def compared(run: Shown) -> dict[str, Items]:
-    """All of a run that is compared item by item, by its name in the table."""
-    found = {
-        f"{where}: {name}": items
-        for where, before, after in measured(run)
-        for name, items in figures(before, after).items()
-    }
+    """All of a run that is compared item by item, by its name in the table. What is sampled, some scenarios of either
+    set, is also compared over both, as the gate does."""
+    by_set = {where: figures(before, after) for where, before, after in measured(run)}
+    found = {f"{where}: {name}": items for where, one in by_set.items() for name, items in one.items()}
+    sampled = [name for name in by_set["held-out"] if name.startswith("sampled")]
+    if len(by_set) > 1:
+        found |= {f"both: {name}": joined([one[name] for one in by_set.values()]) for name in sampled}
     was, now = run.before.retention, run.after.retention
     kinds = {kind: Items(getattr(was, kind), getattr(now, kind)) for kind in ("arithmetic", "facts", "format")}
     asked = {kind: items for kind, items in kinds.items() if items.before}
@@ -95,10 +96,12 @@ def together(runs: Sequence[Shown]) -> list[str]:
     """Markdown lines: the items of all runs as those of one. The chance of their intervals is that of scenarios; that
     of seeds, of which there are few, can be told from the runs' own tables only."""
     every = [compared(run) for run in runs]
-    joined = {
-        name: Items(*([value for one in every for value in one[name][place]] for place in (0, 1))) for name in every[0]
-    }
-    return [head("together"), *(line(name, items) for name, items in joined.items())]
+    return [head("together"), *(line(name, joined([one[name] for one in every])) for name in every[0])]
+
+
+def joined(sets: Sequence[Items]) -> Items:
+    """The items of several sets, one set after the other."""
+    return Items(*([value for one in sets for value in one[place]] for place in (0, 1)))
 
 
 def alike(kinds: Sequence[Items]) -> Items:
