@@ -136,8 +136,8 @@ def plot(runs: Sequence[Shown]) -> str:
         body.append(f'<text x="12" y="{y + LINE + 12}" class="small">{run.last.decision.word}</text>')
         for side, colour in COLOURS.items():
             y += LINE
-            a, b = (mean([float(v > 0) for one in parts(which) for v in one.items[f"{side}_own"]])
-                    for which in (run.before, run.after))  # fmt: skip
+            own = joined([figures(before, after)[f"own pairs, {side}"] for _, before, after in measured(run)])
+            a, b = map(mean, own)
             x1, x2 = (LEFT + WIDTH * value for value in (a, b))
             body.append(
                 f'<line x1="{x1:.0f}" y1="{y - 8}" x2="{x2:.0f}" y2="{y - 8}" stroke="{colour}" stroke-width="3"/>'
@@ -152,11 +152,6 @@ def plot(runs: Sequence[Shown]) -> str:
         for k in range(5)
     )
     return svg("Own pairs decided rightly, before (ring) and after (dot)", 760, y + 32, ticks + "".join(body))
-
-
-def parts(one: RoundEvaluation) -> list[Evaluation]:
-    """Held-out and fresh scenarios."""
-    return [one.heldout, *([one.fresh] if one.fresh else [])]
 
 
 def main(arguments: list[str]) -> int:
